@@ -1,0 +1,403 @@
+"""The values a task's journey is told in. All are frozen; nothing here does I/O.
+
+``Task`` is what a user writes; ``Delivery`` is one task in an instance's hands; ``Attempt``
+is one launch of it; ``Handle`` is the container an attempt became; ``Exit`` is how that
+ended; ``Outcome`` is what is recorded. Times are Unix seconds (float) unless a name ends
+in ``_ms`` (integer milliseconds of Redis' clock). Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+from dispatcher.reference import ImageReference
+
+ID_PATTERN = r"^[A-Za-z0-9._-]{1,63}$"
+QUEUE_PATTERN = r"^[a-z0-9-]{1,24}$"
+#: Names that keys of our own use beside the queues' streams.
+RESERVED_QUEUES = frozenset({"results", "dead", "events", "ready", "inbox"})
+DEFAULT_QUEUE = "default"
+
+_SIZE_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{p}{s}": 1024**n for n, p in enumerate("kmgt", 1) for s in ("", "b", "ib")},
+}
+_SIZE = re.compile(r"(\d{1,15})\s*([a-z]{0,3})", re.IGNORECASE | re.ASCII)
+
+
+class State(StrEnum):
+    """Where a task is; see the contract's journey."""
+
+    SCHEDULED = "scheduled"
+    QUEUED = "queued"
+    PULLING = "pulling"
+    STARTING = "starting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing will change any more."""
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
+
+
+class Reason(StrEnum):
+    """Why a task or attempt failed."""
+
+    EXIT = "exit"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    EXPIRED = "expired"
+    INVALID = "invalid"
+    REJECTED = "rejected"
+    IMAGE_NOT_FOUND = "image_not_found"
+    IMAGE_UNAUTHORIZED = "image_unauthorized"
+    IMAGE_PULL_FAILED = "image_pull_failed"
+    START_FAILED = "start_failed"
+    BACKEND_ERROR = "backend_error"
+    LOST = "lost"
+    POISON = "poison"
+
+    @property
+    def infrastructure(self) -> bool:
+        """Whether the failure is ours: it spends the budget INFRA_MAX_ATTEMPTS, not the task's."""
+        return self in _INFRASTRUCTURE
+
+    @property
+    def dead_letter(self) -> bool:
+        """Whether a task that ends so also lies in the dead-letter stream."""
+        return self not in _ANSWERS
+
+
+_INFRASTRUCTURE = frozenset({Reason.BACKEND_ERROR, Reason.LOST, Reason.IMAGE_PULL_FAILED})
+#: Ends that answer the question the task asked; every other one wants somebody's look.
+_ANSWERS = frozenset({Reason.EXIT, Reason.OOM, Reason.TIMEOUT, Reason.EXPIRED})
+
+
+# --- the task document ------------------------------------------------------------------
+
+
+def parse_size(value: Any) -> Any:
+    """``"256MiB"``, ``"256m"`` or a number of bytes, as bytes. Units are powers of 1024."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    unit = _SIZE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError('write bytes as a number, or with a unit as in "256MiB" (k, m, g, t)')
+    return int(match[1]) * unit
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a NUL character can't be passed to a program")
+    return value
+
+
+def _image(value: str) -> str:
+    ImageReference.parse(value)
+    return value
+
+
+def _env_name(value: str) -> str:
+    if not value or "=" in value or "\0" in value:
+        raise ValueError("a variable's name is not empty and has neither '=' nor NUL")
+    if value.startswith("DISPATCHER_") or value in {"TRACEPARENT", "TRACESTATE"}:
+        raise ValueError("DISPATCHER_*, TRACEPARENT and TRACESTATE are set by the dispatcher")
+    return value
+
+
+def _label_key(value: str) -> str:
+    if not value or "\0" in value:
+        raise ValueError("a label's key is not empty and has no NUL")
+    if value.startswith("dispatcher."):
+        raise ValueError("labels that begin with 'dispatcher.' are set by the dispatcher")
+    return value
+
+
+def _queue(value: str) -> str:
+    if value in RESERVED_QUEUES:
+        raise ValueError(f"reserved names: {', '.join(sorted(RESERVED_QUEUES))}")
+    return value
+
+
+def _unsupported(value: Any) -> Any:
+    if value is not None:
+        raise ValueError("not supported yet")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_no_nul)]
+Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0, le=2**53)]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+#: A field of the contract whose feature is not built: refused, never silently ignored.
+NotBuilt = AfterValidator(_unsupported)
+EnvName = Annotated[str, AfterValidator(_env_name)]
+LabelKey = Annotated[str, AfterValidator(_label_key)]
+QueueName = Annotated[str, StringConstraints(pattern=QUEUE_PATTERN), AfterValidator(_queue)]
+TaskId = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=False
+    )
+
+
+class Resources(_Document):
+    """Limits of one container."""
+
+    cpus: Annotated[float, Field(gt=0, le=4096, allow_inf_nan=False)] | None = None
+    """Processors' worth of time, e.g. 0.5."""
+    memory: Size | None = None
+    """Bytes, or a string such as "256MiB"."""
+    gpus: Annotated[int | None, NotBuilt] = None
+    """Number of GPUs. Not supported yet."""
+    pids: Annotated[int, Field(gt=0, le=4_194_304)] | None = None
+    """Processes and threads."""
+
+
+class Backoff(_Document):
+    """Pause before attempt n+1: ``min(max, initial * factor**(n-1))`` seconds, n from 1."""
+
+    initial: Annotated[Seconds, Field(ge=0, le=86_400)] = 1.0
+    """Seconds before the second attempt."""
+    factor: Annotated[Seconds, Field(ge=1, le=100)] = 2.0
+    """Growth from one attempt to the next."""
+    max: Annotated[Seconds, Field(ge=0, le=604_800)] = 300.0
+    """Seconds no pause exceeds."""
+    jitter: bool = True
+    """Draw each pause evenly between half of it and all of it."""
+
+
+class Task(_Document):
+    """One container to run: what a user writes, as JSON or in Python."""
+
+    image: Annotated[Text, StringConstraints(max_length=512), AfterValidator(_image)]
+    """Reference of the image: name, tag or digest."""
+    command: list[Text] | None = None
+    """Arguments, as Docker's Cmd."""
+    entrypoint: list[Text] | None = None
+    """Program, as Docker's Entrypoint."""
+    env: dict[EnvName, Text] = Field(default_factory=dict)
+    """Environment variables."""
+    secrets: Annotated[dict[str, str] | None, NotBuilt] = None
+    """Environment variables from secret references. Not supported yet."""
+    workdir: Annotated[Text, StringConstraints(min_length=1)] | None = None
+    """Working directory in the container."""
+    user: Annotated[Text, StringConstraints(min_length=1)] | None = None
+    """User (and group) the program runs as: name, uid or uid:gid."""
+    resources: Resources = Resources()
+    """Limits."""
+    timeout: Annotated[Seconds, Field(gt=0)] | None = None
+    """Seconds from the container's start; then SIGTERM, grace_period, SIGKILL."""
+    grace_period: Annotated[Seconds, Field(ge=0, le=3_600)] = 10.0
+    """Seconds between SIGTERM and SIGKILL."""
+    max_attempts: Annotated[int, Field(ge=1, le=1_000)] = 1
+    """Attempts, the first included, that application failures may use up."""
+    retry_on: list[Literal["exit", "oom", "timeout"]] = ["exit", "oom", "timeout"]
+    """Application failures that are tried again."""
+    backoff: Backoff = Backoff()
+    """Pauses between attempts."""
+    queue: QueueName = DEFAULT_QUEUE
+    """Queue it waits in."""
+    id: TaskId | None = None
+    """Name of this task; given by the dispatcher if absent."""
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
+    """The same key gives the same task."""
+    delay: Annotated[Seconds, Field(ge=0, le=31_622_400)] | None = None
+    """Seconds to hold the task back."""
+    not_before: AwareDatetime | None = None
+    """RFC 3339 time before which it does not start."""
+    expires_at: AwareDatetime | None = None
+    """RFC 3339 time after which it is not started any more."""
+    concurrency_key: Annotated[str | None, NotBuilt] = None
+    """Tasks with the same key share a limit. Not supported yet."""
+    concurrency_limit: Annotated[int | None, NotBuilt] = None
+    """How many with this key run at once. Not supported yet."""
+    pull_policy: Literal["missing", "always", "never"] = "missing"
+    """When to ask the registry for the image."""
+    network: Annotated[Text, StringConstraints(min_length=1, max_length=128)] | None = None
+    """"none" or a network the operator allows."""
+    labels: dict[LabelKey, Text] = Field(default_factory=dict)
+    """Labels, on the container too."""
+
+    @model_validator(mode="after")
+    def _one_start_time(self) -> Self:
+        if self.delay is not None and self.not_before is not None:
+            raise ValueError("delay and not_before exclude each other: give one of them")
+        return self
+
+    def document(self) -> bytes:
+        """The task as the shortest JSON that reads back as this task."""
+        return _canonical(self.model_dump(mode="json", exclude_defaults=True))
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the content, the id apart: equal for tasks that ask for the same."""
+        content = self.model_dump(mode="json", exclude_defaults=True, exclude={"id"})
+        return hashlib.sha256(_canonical(content)).hexdigest()
+
+    @property
+    def reference(self) -> ImageReference:
+        """The image, parsed and normalised."""
+        return ImageReference.parse(self.image)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+# --- the journey ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One task in this instance's hands, as ``take`` gave it."""
+
+    task_id: str
+    queue: str
+    #: The whole token every write for this task must show: instance/incarnation/fence.
+    owner: str
+    fence: int
+    #: Number of the attempt to make, from 1.
+    attempt: int
+    #: The task's JSON as it came in.
+    document: bytes
+    #: Entry id in the queue's stream, where it came from one.
+    source_id: str = ""
+    #: Names and values of an entry that somebody XADDed and nobody has validated; None for
+    #: a task that was submitted or accepted before.
+    fields: tuple[tuple[bytes, bytes], ...] | None = None
+    #: Bytes of a document too large to be looked at; 0 if it was not.
+    oversize: int = 0
+    traceparent: str = ""
+    tracestate: str = ""
+    accepted_ms: int = 0
+    #: Attempts ended by an application failure, and by an infrastructure failure.
+    app_failures: int = 0
+    infra_failures: int = 0
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Everything a backend needs to launch one container. Its name is its identity."""
+
+    namespace: str
+    task_id: str
+    number: int
+    fence: int
+    instance: str
+    image: str
+    entrypoint: tuple[str, ...] | None = None
+    command: tuple[str, ...] | None = None
+    #: The container's whole environment, ours included.
+    env: dict[str, str] = field(default_factory=dict)
+    workdir: str | None = None
+    user: str | None = None
+    cpus: float | None = None
+    memory: int | None = None
+    pids: int | None = None
+    network: str = "none"
+    #: The user's labels; the backend adds ours (see ``own_labels``).
+    labels: dict[str, str] = field(default_factory=dict)
+    security_profile: Literal["baseline", "restricted"] = "baseline"
+
+    @property
+    def name(self) -> str:
+        """``dispatcher-<first 8 of namespace>-<id>-<attempt>``."""
+        return f"dispatcher-{self.namespace[:8]}-{self.task_id}-{self.number}"
+
+    @property
+    def own_labels(self) -> dict[str, str]:
+        """The labels a container is found again by."""
+        return {
+            "dispatcher.task-id": self.task_id,
+            "dispatcher.attempt": str(self.number),
+            "dispatcher.namespace": self.namespace,
+            "dispatcher.instance": self.instance,
+        }
+
+
+class Phase(StrEnum):
+    """Where a container is, as its engine tells."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """A container of ours on its engine."""
+
+    #: The engine's own id: what is acted on, so that a name made anew is never mistaken.
+    container_id: str
+    name: str
+    namespace: str
+    task_id: str
+    attempt: int
+    #: Identity of the engine, cluster or host it runs on.
+    daemon: str
+    phase: Phase
+    #: The engine's time of the start; None before it.
+    started_at: float | None = None
+    #: Whether this launch found it there instead of making it.
+    adopted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container ended, as its engine tells."""
+
+    exit_code: int
+    started_at: float
+    finished_at: float
+    #: Killed for want of memory by the engine's own word; 137 alone says nothing.
+    oom: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is recorded of an attempt's end."""
+
+    state: State
+    reason: Reason | None = None
+    message: str = ""
+    exit_code: int | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """A backend's answer to ``probe``."""
+
+    ok: bool
+    #: Identity of the daemon, stable over restarts of it and of us; empty if not ok.
+    daemon: str = ""
+    version: str = ""
+    #: One line for people: what is wrong, or what is there.
+    detail: str = ""
