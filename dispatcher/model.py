@@ -301,6 +301,11 @@ class Delivery:
     cancelled: bool = False
 
 
+def container_name(namespace: str, task_id: str, attempt: int) -> str:
+    """``dispatcher-<first 8 of namespace>-<id>-<attempt>``."""
+    return f"dispatcher-{namespace[:8]}-{task_id}-{attempt}"
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """Everything a backend needs to launch one container. Its name is its identity."""
@@ -327,8 +332,8 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """``dispatcher-<first 8 of namespace>-<id>-<attempt>``."""
-        return f"dispatcher-{self.namespace[:8]}-{self.task_id}-{self.number}"
+        """See ``container_name``."""
+        return container_name(self.namespace, self.task_id, self.number)
 
     @property
     def own_labels(self) -> dict[str, str]:

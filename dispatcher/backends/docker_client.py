@@ -1,0 +1,195 @@
+"""The way to a Docker engine: its client library, in threads, with a bound on everything.
+
+The library blocks, so each request runs in a worker thread under one of three limiters:
+control calls, pulls and log readers can't starve each other. Control calls share clients,
+one for each timeout. A stream (a pull, a log, the events) has a client of its own, because
+the only way to end a blocked read is to shut its socket down from outside (``cut``). That
+also ends the engine's side of it: a pull whose client has hung up is given up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import docker
+import docker.utils
+import requests
+import structlog
+from anyio import CapacityLimiter, to_thread
+
+from dispatcher.backends.docker_errors import LIBRARY_ERRORS, sort_error
+from dispatcher.errors import BackendError, BackendUnreachable
+
+log = structlog.get_logger(__name__)
+
+#: Seconds for the engine to accept a connection.
+CONNECT_TIMEOUT = 5.0
+#: Seconds for an answer to what an engine has at hand.
+CONTROL_TIMEOUT = 30.0
+#: Seconds for a create, start or remove: what kubelet gives its runtime for the same.
+LAUNCH_TIMEOUT = 120.0
+#: Seconds between two attempts to end a stream, and until one is left to itself.
+_CUT_INTERVAL = 0.01
+_CUT_PATIENCE = 5.0
+
+type_sorter = Callable[[BaseException], BackendError]
+
+
+class StreamClient(docker.APIClient):
+    """A client for one streamed answer, which another thread can cut off in any phase."""
+
+    def __init__(self, *, silence: float | None, **kwargs: Any) -> None:
+        """``silence``: seconds without a byte after which a read fails; None for no limit."""
+        self._silence = silence
+        self._cut = False
+        self._connections: list[Any] = []
+        self._responses: list[requests.Response] = []
+        super().__init__(max_pool_size=1, **kwargs)
+
+    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
+        """As the library does, but remember what the request runs on."""
+        # The library asks for streams without any timeout, which also lifts the connect's.
+        kwargs["timeout"] = (CONNECT_TIMEOUT, self._silence)
+        pool = self.get_adapter(request.url or "").get_connection_with_tls_context(  # type: ignore[attr-defined]
+            request, kwargs.get("verify"), proxies=kwargs.get("proxies"), cert=kwargs.get("cert")
+        )
+        # The pool hands out last what came in last, so the request gets this connection. No
+        # public way leads to it while the answer's head is awaited, which can take minutes.
+        connection = pool._get_conn()
+        self._connections.append(connection)
+        pool._put_conn(connection)
+        response = super().send(request, **kwargs)
+        self._responses.append(response)
+        if self._cut:
+            self.cut()
+        return response
+
+    def cut(self) -> None:
+        """End the stream: whoever reads it sees its end or an error. Any thread may call it."""
+        self._cut = True
+        for connection in list(self._connections):
+            # None before the connect; an error if the other side was quicker.
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close every connection, also those an answer was not read from to its end."""
+        for response in self._responses:
+            response.close()
+        super().close()
+
+
+class Engine:
+    """One Docker engine. Safe to use from any task of one event loop."""
+
+    def __init__(
+        self, *, base_url: str | None, max_pulls: int, control_threads: int, log_readers: int
+    ) -> None:
+        """``base_url`` None: what DOCKER_HOST, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH say."""
+        self._base_url = base_url
+        self.control = CapacityLimiter(control_threads)
+        self.pulls = CapacityLimiter(max_pulls)
+        self.log_readers = CapacityLimiter(log_readers)
+        #: One for the events, which are followed once.
+        self.watching = CapacityLimiter(1)
+        self._pool_size = control_threads
+        self._clients: dict[float, docker.APIClient] = {}
+        self._version: str | None = None
+        self._lock = threading.Lock()
+
+    def forget_version(self) -> None:
+        """Agree on the API's version anew: the engine may be another one after a restart."""
+        self._version = None
+
+    async def call[T](
+        self,
+        work: Callable[[docker.APIClient], T],
+        *,
+        timeout: float = CONTROL_TIMEOUT,
+        abandon: bool = True,
+        sort: type_sorter = sort_error,
+        limiter: CapacityLimiter | None = None,
+    ) -> T:
+        """Do ``work`` in a control thread, in at most ``timeout`` seconds.
+
+        ``abandon``: whether a cancelled caller leaves at once, while the request may still
+        take effect; otherwise it waits for the answer.
+        Raises what ``sort`` makes of the library's errors; BackendUnreachable in time.
+        """
+
+        def in_thread() -> T:
+            try:
+                return work(self._client(timeout))
+            except LIBRARY_ERRORS as error:
+                raise sort(error) from error
+
+        try:
+            with anyio.fail_after(timeout):
+                return await to_thread.run_sync(
+                    in_thread, limiter=limiter or self.control, abandon_on_cancel=abandon
+                )
+        except TimeoutError:
+            raise BackendUnreachable(f"the Docker engine did not answer within {timeout:g} s") from None
+
+    async def stream[T](
+        self,
+        work: Callable[[StreamClient], T],
+        *,
+        limiter: CapacityLimiter,
+        silence: float | None = None,
+        sort: type_sorter = sort_error,
+    ) -> T:
+        """Do ``work`` in a thread with a client of its own; cancelling ends both.
+
+        Raises what ``sort`` makes of the library's errors.
+        """
+        running: list[StreamClient] = []
+        ended = threading.Event()
+
+        def in_thread() -> T:
+            try:
+                with StreamClient(silence=silence, **self._client_arguments()) as client:
+                    running.append(client)
+                    return work(client)
+            except LIBRARY_ERRORS as error:
+                raise sort(error) from error
+            finally:
+                ended.set()
+
+        try:
+            return await to_thread.run_sync(in_thread, limiter=limiter, abandon_on_cancel=True)
+        except anyio.get_cancelled_exc_class():
+            with anyio.move_on_after(_CUT_PATIENCE, shield=True):
+                # More than once: it may just be about to connect.
+                while running and not ended.is_set():
+                    running[0].cut()
+                    await anyio.sleep(_CUT_INTERVAL)
+            raise
+
+    def _client(self, timeout: float) -> docker.APIClient:
+        """The client all threads share for calls of this timeout; the library's are thread-safe."""
+        with self._lock:
+            client = self._clients.get(timeout)
+        if client is not None and client.api_version == self._version:
+            return client
+        client = docker.APIClient(
+            timeout=math.ceil(timeout), max_pool_size=self._pool_size, **self._client_arguments()
+        )
+        with self._lock:
+            self._clients[timeout] = client
+        return client
+
+    def _client_arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = docker.utils.kwargs_from_env()
+        if self._base_url is not None:
+            arguments["base_url"] = self._base_url
+        if self._version is None:
+            with contextlib.closing(docker.APIClient(timeout=math.ceil(CONNECT_TIMEOUT), **arguments)) as client:
+                self._version = client.api_version
+        return {**arguments, "version": self._version}

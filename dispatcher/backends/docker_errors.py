@@ -1,0 +1,143 @@
+"""What goes wrong between us and a Docker engine, sorted into ``dispatcher.errors``.
+
+The engine answers most failures with a status that says little (500 for a mistyped
+program, 404 for a private image) and a text that says it all. The texts matched here are
+those of Docker 20.10 to 29; they are matched in lower case, in the order written.
+"""
+
+from __future__ import annotations
+
+import re
+
+import requests.exceptions
+import urllib3.exceptions
+from docker.errors import APIError, DockerException, StreamParseError
+
+from dispatcher.errors import (
+    BackendError,
+    BackendUnreachable,
+    ContainerGone,
+    ImageNotFound,
+    ImagePullFailed,
+    ImageUnauthorized,
+    LaunchRejected,
+    NoCapacity,
+    RegistryThrottled,
+    StartFailed,
+)
+
+#: Everything the client library, or what it is built on, raises when a call fails.
+LIBRARY_ERRORS = (
+    DockerException,
+    StreamParseError,
+    requests.exceptions.RequestException,
+    urllib3.exceptions.HTTPError,
+    OSError,
+)
+#: Characters of an engine's message that are passed on to people.
+MESSAGE_LIMIT = 500
+
+_THROTTLED = re.compile(
+    r"toomanyrequests|too many requests|rate limit|http (?:status: )?(?:429|5\d\d)"
+    r"|: 5\d\d (?:internal server error|bad gateway|service unavailable|gateway time-?out)"
+)
+#: Said only by a registry that knows the asker and refuses, or wants to know it first.
+_UNAUTHORIZED = re.compile(
+    r"unauthorized|authentication required|no basic auth|token has expired|incorrect username or password"
+)
+#: "pull access denied … repository does not exist or may require 'docker login'" can mean
+#: either. It is told as "not found", as the engine's own status 404 does: a wrong name is by
+#: far the more frequent cause, and the message names the other.
+_NOT_FOUND = re.compile(
+    r"manifest unknown|name unknown|no such image|repository does not exist|: not found|no matching manifest"
+    r"|does not match the specified platform|invalid reference format"
+)
+_DENIED = re.compile(r"\bdenied\b|forbidden")
+_NO_CAPACITY = re.compile(
+    r"no space left on device|disk quota exceeded|too many open files|cannot allocate memory"
+    r"|resource temporarily unavailable|no available ipv4 address|all predefined address pools"
+    r"|could not find an available"
+)
+#: The engine's own trouble while starting, which says nothing about the task.
+_TRANSIENT_START = re.compile(r"deadline exceeded|timed? ?out|connection refused|transport is closing|ttrpc")
+_START_DETAIL = re.compile(r"(?:starting container process caused|unable to start container process): (.+)")
+_ID_PREFIX = re.compile(r"\b[0-9a-f]{64}\b")
+
+
+def one_line(text: str) -> str:
+    """An engine's message, fit for a table and a log: one line, no 64-digit ids."""
+    line = _ID_PREFIX.sub(lambda match: match[0][:12], " ".join(text.split()))
+    return line if len(line) <= MESSAGE_LIMIT else line[: MESSAGE_LIMIT - 1] + "…"
+
+
+def explanation(error: BaseException) -> str:
+    """What the engine wrote, or what the library did."""
+    if isinstance(error, APIError) and error.explanation:
+        return one_line(str(error.explanation))
+    return one_line(str(error)) or type(error).__name__
+
+
+def sort_error(error: BaseException) -> BackendError:
+    """Any library error of a call about a container or the engine itself."""
+    text = explanation(error)
+    if not isinstance(error, APIError):
+        return BackendUnreachable(f"the Docker engine does not answer: {text}")
+    lowered = text.lower()
+    if _NO_CAPACITY.search(lowered):
+        return NoCapacity(text)
+    if error.status_code == requests.codes.not_found:
+        return ImageNotFound(text) if "no such image" in lowered else ContainerGone(text)
+    if error.status_code in (requests.codes.bad_gateway, requests.codes.service_unavailable):
+        return BackendUnreachable(text)
+    return BackendError(text)
+
+
+def sort_create(error: BaseException) -> BackendError:
+    """A library error of ``create``: what an engine finds wrong with a configuration is final."""
+    sorted_error = sort_error(error)
+    if isinstance(error, APIError) and type(sorted_error) in (BackendError, ContainerGone):
+        # 404 besides a missing image is a missing network.
+        if error.status_code in (requests.codes.bad_request, requests.codes.not_found):
+            return LaunchRejected(str(sorted_error))
+    return sorted_error
+
+
+def sort_start(error: BaseException) -> BackendError:
+    """A library error of ``start``: mostly the task's own program, user or directory."""
+    sorted_error = sort_error(error)
+    text = str(sorted_error)
+    lowered = text.lower()
+    if type(sorted_error) is ContainerGone and "no such container" not in lowered:
+        # A 404 about something else the container wants: its network, its program.
+        return StartFailed(text)
+    if type(sorted_error) is not BackendError or is_conflict(error) or _TRANSIENT_START.search(lowered):
+        return sorted_error
+    detail = _START_DETAIL.search(text)
+    return StartFailed(detail[1].removesuffix(": unknown") if detail else text)
+
+
+def sort_pull(error: BaseException) -> BackendError:
+    """A library error of anything that makes the engine ask a registry."""
+    if not isinstance(error, APIError):
+        return sort_error(error)
+    return sort_pull_message(explanation(error))
+
+
+def sort_pull_message(message: str) -> BackendError:
+    """What an engine says of a pull that failed, in its answer or in the stream."""
+    text = one_line(message)
+    lowered = text.lower()
+    if _THROTTLED.search(lowered):
+        return RegistryThrottled(text)
+    if _UNAUTHORIZED.search(lowered):
+        return ImageUnauthorized(text)
+    if _NOT_FOUND.search(lowered):
+        return ImageNotFound(text)
+    if _DENIED.search(lowered):
+        return ImageUnauthorized(text)
+    return ImagePullFailed(text)
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether the engine refused because of the state something is in (409)."""
+    return isinstance(error, APIError) and error.status_code == requests.codes.conflict

@@ -1,0 +1,177 @@
+"""What an attempt looks like to a Docker engine, and what an engine's answer says. No I/O.
+
+Shapes are those of the Engine API: https://docs.docker.com/reference/api/engine/
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from dispatcher.errors import ForeignContainer, LaunchRejected
+from dispatcher.model import Attempt, Exit, Handle, Phase
+from dispatcher.reference import ImageReference
+
+#: Any container that bears it is some dispatcher's; its value says which one's.
+NAMESPACE_LABEL = "dispatcher.namespace"
+#: Processes and threads of a task that names no number: room for any honest program, and a
+#: small part of a host's usual 32768.
+DEFAULT_PIDS = 4096
+#: The rotated log file beside the current one.
+LOG_FILES = 2
+#: "nobody" wherever user ids mean anything; used when an image would run as root.
+UNPRIVILEGED = "65534:65534"
+#: Bytes of /tmp under a read-only root. They count as memory, hence modest.
+TMPFS_BYTES = 64 * 1024 * 1024
+
+_NANO = 1_000_000_000
+#: A numeric user that is not root, with or without a numeric group. Names are not taken:
+#: an image's own /etc/passwd can call user 0 anything.
+_PLAIN_USER = re.compile(r"[1-9][0-9]{0,9}(?::[0-9]{1,10})?", re.ASCII)
+_PHASES = {
+    "created": Phase.CREATED,
+    "running": Phase.RUNNING,
+    "paused": Phase.RUNNING,
+    "restarting": Phase.RUNNING,
+    "exited": Phase.EXITED,
+    "dead": Phase.EXITED,
+}
+
+
+def engine_name(image: str) -> str:
+    """The reference an engine is asked for: by digest alone if there is one, else by tag."""
+    repository, tag_or_digest = pull_arguments(image)
+    return f"{repository}{'@' if ':' in tag_or_digest else ':'}{tag_or_digest}"
+
+
+def pull_arguments(image: str) -> tuple[str, str]:
+    """Repository with its registry, and the digest or else the tag."""
+    reference = ImageReference.parse(image)
+    return f"{reference.registry}/{reference.repository}", reference.digest or reference.tag or "latest"
+
+
+def needs_image_user(attempt: Attempt) -> bool:
+    """Whether ``container_config`` depends on the user that the image names."""
+    return attempt.security_profile == "restricted" and attempt.user is None
+
+
+def container_config(attempt: Attempt, *, log_max_bytes: int, image_user: str = "") -> dict[str, Any]:
+    """The body of ``POST /containers/create``.
+
+    ``image_user`` is the image's ``Config.User``; see ``needs_image_user``.
+    Raises LaunchRejected for what the security profile forbids.
+    """
+    if attempt.network.startswith("container:"):
+        raise LaunchRejected("a task can't join another container's network")
+    host: dict[str, Any] = {
+        "NetworkMode": attempt.network,
+        # Whatever the engine's default driver is: an unbounded one fills the host.
+        "LogConfig": {
+            "Type": "json-file",
+            "Config": {"max-size": str(log_max_bytes), "max-file": str(LOG_FILES)},
+        },
+        # An engine that restarts or removes on its own takes the outcome away from us.
+        "RestartPolicy": {"Name": "no"},
+        "AutoRemove": False,
+        "Privileged": False,
+        "IpcMode": "private",
+        "PidsLimit": attempt.pids or DEFAULT_PIDS,
+        "CapDrop": ["NET_RAW"],
+        "SecurityOpt": ["no-new-privileges:true"],
+    }
+    if attempt.cpus is not None:
+        host["NanoCpus"] = round(attempt.cpus * _NANO)
+    if attempt.memory is not None:
+        # Equal to Memory means: no swap on top of it.
+        host["Memory"] = host["MemorySwap"] = attempt.memory
+    user = attempt.user
+    if attempt.security_profile == "restricted":
+        user = _restricted_user(attempt.user, image_user)
+        host["CapDrop"] = ["ALL"]
+        host["ReadonlyRootfs"] = True
+        host["Tmpfs"] = {"/tmp": f"rw,noexec,nosuid,nodev,size={TMPFS_BYTES},mode=1777"}
+    config: dict[str, Any] = {
+        "Image": engine_name(attempt.image),
+        "Entrypoint": _listed(attempt.entrypoint),
+        "Cmd": _listed(attempt.command),
+        "Env": [f"{name}={value}" for name, value in attempt.env.items()],
+        "WorkingDir": attempt.workdir,
+        "User": user,
+        # Ours last: a task's label never replaces one that containers are found by.
+        "Labels": {**attempt.labels, **attempt.own_labels},
+        "HostConfig": host,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _listed(words: tuple[str, ...] | None) -> list[str] | None:
+    return None if words is None else list(words)
+
+
+def _restricted_user(asked: str | None, image_user: str) -> str:
+    if asked is not None:
+        if not _PLAIN_USER.fullmatch(asked):
+            raise LaunchRejected(
+                f"the restricted profile takes a numeric user other than 0, such as 1000:1000, not {asked!r}"
+            )
+        return asked
+    return image_user if _PLAIN_USER.fullmatch(image_user) else UNPRIVILEGED
+
+
+# --- answers ----------------------------------------------------------------------------
+
+
+def unix_time(text: str) -> float | None:
+    """Unix seconds of the engine's RFC 3339 time; None for its "never" (year 1)."""
+    moment = datetime.fromisoformat(text)
+    return moment.timestamp() if moment.year > 1 else None
+
+
+def phase_of(inspected: Mapping[str, Any]) -> Phase:
+    """Where an inspected container is."""
+    state = inspected["State"]
+    known = _PHASES.get(state["Status"])
+    if known is not None:
+        return known
+    # "removing" comes after either of two ends: it ran, or it never did.
+    return Phase.CREATED if unix_time(state["StartedAt"]) is None else Phase.EXITED
+
+
+def handle_of(inspected: Mapping[str, Any], daemon: str, *, adopted: bool = False) -> Handle:
+    """An inspected container of ours.
+
+    Raises ForeignContainer if it lacks the labels that ours bear.
+    """
+    labels = inspected["Config"]["Labels"] or {}
+    name = str(inspected["Name"]).lstrip("/")
+    try:
+        return Handle(
+            container_id=inspected["Id"],
+            name=name,
+            namespace=labels[NAMESPACE_LABEL],
+            task_id=labels["dispatcher.task-id"],
+            attempt=int(labels["dispatcher.attempt"]),
+            daemon=daemon,
+            phase=phase_of(inspected),
+            started_at=unix_time(inspected["State"]["StartedAt"]),
+            adopted=adopted,
+        )
+    except (KeyError, ValueError):
+        raise ForeignContainer(f"container {name} does not bear a dispatcher's labels") from None
+
+
+def exit_of(inspected: Mapping[str, Any]) -> Exit:
+    """How an inspected container, which must have ended, did so."""
+    state = inspected["State"]
+    finished = unix_time(state["FinishedAt"]) or 0.0
+    code = int(state["ExitCode"])
+    return Exit(
+        exit_code=code,
+        started_at=unix_time(state["StartedAt"]) or finished,
+        finished_at=finished,
+        # The engine also sets its mark when only a child was killed; a program that coped
+        # and ended well was not.
+        oom=bool(state["OOMKilled"]) and code != 0,
+    )

@@ -1,0 +1,1 @@
+"""The queue's truth in Redis. Only this package imports redis."""

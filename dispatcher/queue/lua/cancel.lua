@@ -1,0 +1,60 @@
+-- Cancels one task in whatever phase it is. ARGV: id, results_length, retention_ms.
+-- Returns {verdict, state}: unknown; ended (it had its end already); cancelled (it has it now);
+--   requested (its owner has been told, and stops it).
+
+local id = ARGV[1]
+local limits = { results = ARGV[2], retention = tonumber(ARGV[3]) }
+
+-- A plain entry that nobody has taken has no record yet: its id tells where it lies.
+local function record_of_entry()
+  local queue, entry = string.match(id, '^([a-z0-9-]+)%.(%d+%-%d+)$')
+  local found = queue and redis.call('XRANGE', stream_of(queue), entry, entry)[1]
+  if not found then
+    return false
+  end
+  local document = ''
+  for i = 1, #found[2], 2 do
+    if found[2][i] == 'task' then
+      document = found[2][i + 1]
+    end
+  end
+  local accepted = string.match(entry, '^(%d+)-')
+  redis.call('HSET', record_key(id), 'queue', queue, 'state', 'queued', 'accepted', accepted, 'attempt', '1',
+    'source', entry, 'entry', entry, 'doc', document)
+  return true
+end
+
+if redis.call('EXISTS', record_key(id)) == 0 and not record_of_entry() then
+  return { 'unknown', '' }
+end
+local alias = fields_of(id, 'alias')[1]
+if alias ~= '' then
+  id = alias
+end
+local r = fields_of(id, 'state', 'owner', 'queue', 'entry', 'daemon')
+local state, owner = r[1], r[2]
+if state == '' then
+  return { 'unknown', '' }
+elseif ENDED[state] then
+  return { 'ended', state }
+end
+go_on_without_memory()
+redis.call('HSET', record_key(id), 'cancel', '1')
+if owner ~= '' then
+  local instance = string.match(owner, '^(.*)/[^/]*/[^/]*$')
+  local control = BASE .. 'control:' .. instance
+  redis.call('XADD', control, 'MAXLEN', '~', 1000, '*', 'op', 'cancel', 'id', id)
+  redis.call('PEXPIRE', control, 3600000)
+  return { 'requested', state }
+end
+if r[5] ~= '' then
+  return { 'requested', state } -- its container waits in an inbox: whoever adopts it stops it
+end
+if r[4] ~= '' then
+  redis.call('XDEL', stream_of(r[3]), r[4])
+end
+redis.call('ZREM', DUE, id)
+redis.call('ZREM', ready_of(r[3]), id)
+close(id, { state = 'cancelled', reason = '', message = 'cancelled before it started', exit_code = '',
+  started = '', finished = '' }, limits)
+return { 'cancelled', 'cancelled' }

@@ -1,0 +1,51 @@
+-- Gives tasks up: state, result, dead letter or retry in one step. Under memory pressure this
+-- frees more than it writes. ARGV: results_length, retention_ms, then per task
+--   id, owner, action, state, reason, message, exit_code, started_ms, finished_ms, dead, delay_ms, budget.
+-- action: final; retry (a new attempt); release (the same attempt, which has no container yet);
+--   detach (the same attempt, whose container may be there: for an instance on its daemon).
+-- budget, for all but final: app, infra or none.
+-- Returns per task: ok; lost. A repeated call whose first reply was lost answers ok again.
+
+local limits = { results = ARGV[1], retention = tonumber(ARGV[2]) }
+local FIELDS = 12
+
+local function come_back(id, delay)
+  if delay > 0 then
+    schedule(id, now_ms() + delay)
+  else
+    put_back(id)
+  end
+end
+
+local function settle(id, owner, action, state, reason, message, exit_code, started, finished, dead, delay, budget)
+  local r = fields_of(id, 'owner', 'settled')
+  if r[1] ~= owner then
+    return r[2] == owner and 'ok' or 'lost'
+  end
+  disown(id, owner)
+  if action == 'final' then
+    close(id, { state = state, reason = reason, message = message, exit_code = exit_code,
+      started = started, finished = finished, dead = dead == '1' }, limits)
+    return 'ok'
+  end
+  if budget ~= 'none' then
+    redis.call('HINCRBY', record_key(id), budget, 1)
+  end
+  if action ~= 'detach' then
+    redis.call('HDEL', record_key(id), 'daemon', 'container')
+  end
+  if action == 'retry' then
+    redis.call('HINCRBY', record_key(id), 'attempt', 1)
+    redis.call('HSET', record_key(id), 'reason', reason, 'message', message, 'exit_code', exit_code,
+      'started', started, 'finished', finished)
+  end
+  come_back(id, tonumber(delay))
+  return 'ok'
+end
+
+local answers = {}
+go_on_without_memory()
+for i = 3, #ARGV, FIELDS do
+  answers[#answers + 1] = settle(unpack(ARGV, i, i + FIELDS - 1))
+end
+return answers

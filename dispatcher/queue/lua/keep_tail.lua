@@ -1,0 +1,34 @@
+-- Keeps the tail of one task's output, within a limit on all of them together.
+-- ARGV: id, data, total bytes of the output, retention_ms, limit of bytes.
+
+local id, data, total = ARGV[1], ARGV[2], ARGV[3]
+local retention, limit = tonumber(ARGV[4]), tonumber(ARGV[5])
+local TIMES, SIZES = BASE .. 'index:tails', BASE .. 'meta:tails'
+local now = now_ms()
+
+local function drop(other)
+  local size = tonumber(redis.call('HGET', SIZES, other) or 0)
+  redis.call('HDEL', SIZES, other)
+  redis.call('ZREM', TIMES, other)
+  redis.call('HINCRBY', SIZES, '', -size)
+end
+
+drop(id)
+for _, other in ipairs(redis.call('ZRANGEBYSCORE', TIMES, '-inf', int(now - retention), 'LIMIT', 0, 100)) do
+  drop(other)
+end
+while tonumber(redis.call('HGET', SIZES, '') or 0) + #data > limit do
+  local oldest = redis.call('ZRANGE', TIMES, 0, 0)[1]
+  if not oldest then
+    data = '' -- it alone is over the limit
+    break
+  end
+  drop(oldest)
+  redis.call('HSET', BASE .. 'tail:' .. oldest, 'data', '')
+end
+redis.call('HSET', BASE .. 'tail:' .. id, 'data', data, 'total', total)
+redis.call('PEXPIRE', BASE .. 'tail:' .. id, int(retention))
+redis.call('ZADD', TIMES, int(now), id)
+redis.call('HSET', SIZES, id, int(#data))
+redis.call('HINCRBY', SIZES, '', #data)
+return {}

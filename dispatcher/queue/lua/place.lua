@@ -1,0 +1,68 @@
+-- Gives a task that came in by a plain XADD the identity, queue and time it asked for.
+-- ARGV: held id, owner, wanted id ('' keeps the held one), digest, queue, delay_ms,
+--   not_before_ms, key, retention_ms.
+-- Returns {verdict, id}: held (go on under id); moved (it waits elsewhere now); known (the
+--   same task stands already, this one is dropped and its id points there); conflict,
+--   unknown_queue (nothing changed); lost.
+
+local held, owner, wanted, digest, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local delay, not_before, key, retention = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9]
+
+local r = fields_of(held, 'owner', 'queue', 'accepted')
+if r[1] ~= owner then
+  return { 'lost', held }
+end
+
+local function merge_into(id)
+  redis.call('ZREM', LEASES, held)
+  redis.call('ZREM', OPEN, held)
+  redis.call('DEL', record_key(held))
+  redis.call('HSET', record_key(held), 'alias', id)
+  redis.call('PEXPIRE', record_key(held), retention)
+  return { 'known', id }
+end
+
+local function standing(id)
+  if id == held or redis.call('EXISTS', record_key(id)) == 0 then
+    return nil
+  end
+  if redis.call('HGET', record_key(id), 'digest') == digest then
+    return merge_into(id)
+  end
+  return { 'conflict', id }
+end
+
+local holder = key ~= '' and redis.call('GET', BASE .. 'key:' .. key)
+local verdict = holder and standing(holder) or wanted ~= '' and standing(wanted)
+if verdict then
+  return verdict
+end
+if not registered(queue) then
+  return { 'unknown_queue', held }
+end
+
+local id = held
+if wanted ~= '' and wanted ~= held then
+  id = wanted
+  redis.call('RENAME', record_key(held), record_key(id))
+  redis.call('ZADD', LEASES, redis.call('ZSCORE', LEASES, held), id)
+  redis.call('ZREM', LEASES, held)
+  redis.call('ZADD', OPEN, r[3], id)
+  redis.call('ZREM', OPEN, held)
+end
+redis.call('HSET', record_key(id), 'digest', digest, 'queue', queue, 'key', key)
+if key ~= '' then
+  redis.call('SET', BASE .. 'key:' .. key, id)
+end
+
+local due = math.max(not_before, tonumber(r[3]) + delay)
+if due > now_ms() then
+  disown(id, owner)
+  schedule(id, due)
+  return { 'moved', id }
+elseif queue ~= r[2] then
+  disown(id, owner)
+  append(id, queue)
+  return { 'moved', id }
+end
+return { 'held', id }

@@ -1,0 +1,93 @@
+-- What any instance does for all, about once a second: joins (group, queues, heartbeat),
+-- promotes what is due, takes over what lapsed, forgets instances that are gone.
+-- ARGV: instance, info ('' leaves), lease_ms, group, namespace to use if there is none,
+--   limit, forget_ms, then the queues this instance serves.
+-- Returns {namespace, now, promoted, taken_over, next_due ('' if none)}.
+
+local instance, info, lease, group = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local limit, forget = tonumber(ARGV[6]), tonumber(ARGV[7])
+local FIRST_QUEUE = 8
+local INSTANCES = BASE .. 'meta:instances'
+local SEEN = BASE .. 'meta:seen'
+local now = now_ms()
+
+local function ensure_group(queue)
+  local reply = redis.pcall('XGROUP', 'CREATE', stream_of(queue), group, '0', 'MKSTREAM')
+  if reply.err and not string.find(reply.err, 'BUSYGROUP', 1, true) then
+    error(reply.err)
+  end
+end
+
+-- A consumer is deleted only when nothing is pending on it: what is could never be reached again.
+local function forget_instance(name)
+  for _, queue in ipairs(redis.call('SMEMBERS', QUEUES)) do
+    local pending = redis.pcall('XPENDING', stream_of(queue), group, '-', '+', 1, name)
+    if not pending.err and #pending == 0 then
+      redis.call('XGROUP', 'DELCONSUMER', stream_of(queue), group, name)
+    end
+  end
+  redis.call('HDEL', INSTANCES, name)
+  redis.call('ZREM', SEEN, name)
+  redis.call('DEL', BASE .. 'control:' .. name)
+end
+
+-- Whether time has run on without a gap. After a gap (a paused Redis, a jumped clock) nobody
+-- had the chance to renew, so nothing is taken over until everybody has had it.
+local function continuous()
+  local last = tonumber(redis.call('HGET', META, 'last_tick') or now)
+  redis.call('HSET', META, 'last_tick', int(now))
+  if now < last then
+    for _, id in ipairs(redis.call('ZRANGE', LEASES, 0, -1)) do
+      redis.call('ZADD', LEASES, int(now + lease), id)
+    end
+    redis.call('HSET', META, 'calm_until', int(now + lease))
+  elseif now - last > lease / 2 then
+    redis.call('HSET', META, 'calm_until', int(now + lease))
+  end
+  local calm_until = tonumber(redis.call('HGET', META, 'calm_until') or 0)
+  return now >= calm_until or calm_until > now + lease
+end
+
+local function promote()
+  local due = redis.call('ZRANGEBYSCORE', DUE, '-inf', int(now), 'LIMIT', 0, limit)
+  for _, id in ipairs(due) do
+    redis.call('ZREM', DUE, id)
+    if fields_of(id, 'state')[1] == 'scheduled' then
+      put_back(id)
+    end
+  end
+  return #due
+end
+
+local function take_over()
+  local lapsed = redis.call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, limit)
+  for _, id in ipairs(lapsed) do
+    local owner = fields_of(id, 'owner')[1]
+    disown(id, '')
+    if owner ~= '' then
+      redis.call('HINCRBY', record_key(id), 'takeovers', 1)
+      put_back(id)
+    end
+  end
+  return #lapsed
+end
+
+go_on_without_memory()
+redis.call('HSETNX', META, 'namespace', ARGV[5])
+if info == '' then
+  forget_instance(instance)
+else
+  for i = FIRST_QUEUE, #ARGV do
+    redis.call('SADD', QUEUES, ARGV[i])
+    ensure_group(ARGV[i])
+  end
+  redis.call('HSET', INSTANCES, instance, info)
+  redis.call('ZADD', SEEN, int(now), instance)
+end
+for _, name in ipairs(redis.call('ZRANGEBYSCORE', SEEN, '-inf', int(now - forget), 'LIMIT', 0, limit)) do
+  forget_instance(name)
+end
+local taken_over = continuous() and take_over() or 0
+local promoted = promote()
+local next_due = redis.call('ZRANGE', DUE, 0, 0, 'WITHSCORES')[2] or ''
+return { redis.call('HGET', META, 'namespace'), now, promoted, taken_over, next_due }

@@ -1,0 +1,82 @@
+"""The tick: promotes what is due and takes over what lapsed. Any instance does it for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from random import uniform
+
+import anyio
+import structlog
+
+from dispatcher.errors import QueueUnavailable
+from dispatcher.queue.store import Store, Tick, new_task_id
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between ticks; each instance draws its own moment, so that a few share the work.
+TICK_SECONDS = 1.0
+#: A tick never comes sooner than this after the last, however near the next due task is.
+MIN_TICK_SECONDS = 0.01
+
+
+class Recovery:
+    """This instance's presence, and its share of the common housekeeping."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        instance: str,
+        lease_seconds: float,
+        queues: Iterable[str],
+        info: Callable[[], str],
+        on_promoted: Callable[[], None],
+    ) -> None:
+        """``info`` gives what others may know of this instance, as JSON."""
+        self._store = store
+        self._instance = instance
+        self._lease_seconds = lease_seconds
+        self._queues = tuple(queues)
+        self._info = info
+        self._on_promoted = on_promoted
+        #: Whether the last tick went through.
+        self.healthy = False
+
+    async def join(self) -> Tick:
+        """The first tick: makes groups and namespace if there are none. Raises QueueUnavailable."""
+        tick = await self._tick(self._info())
+        self.healthy = True
+        return tick
+
+    async def leave(self) -> None:
+        """Take this instance off the list. Raises QueueUnavailable."""
+        await self._tick("")
+
+    async def run(self) -> None:
+        """Tick until cancelled."""
+        pause = TICK_SECONDS
+        while True:
+            await anyio.sleep(pause)
+            pause = uniform(TICK_SECONDS / 2, TICK_SECONDS)  # noqa: S311 - jitter, not a secret
+            try:
+                tick = await self._tick(self._info())
+            except QueueUnavailable as error:
+                self.healthy = False
+                log.warning("tick.failed", error=str(error))
+                continue
+            self.healthy = True
+            if tick.taken_over:
+                log.warning("tasks.taken_over", count=tick.taken_over)
+            if tick.promoted or tick.taken_over:
+                self._on_promoted()
+            if tick.next_due_ms is not None:
+                pause = min(pause, max(MIN_TICK_SECONDS, (tick.next_due_ms - tick.now_ms) / 1000))
+
+    async def _tick(self, info: str) -> Tick:
+        return await self._store.tick(
+            instance=self._instance,
+            info=info,
+            lease=self._lease_seconds,
+            namespace=new_task_id(),
+            queues=self._queues,
+        )

@@ -1,0 +1,363 @@
+"""Keys and scripts: each script is called like a typed function.
+
+The stream carries; the truth is one hash a task, a lease index and a fence counter, all of
+one hash slot, changed only by the scripts in ``lua/``. Every write for a held task shows its
+whole owner token, so an instance that was overtaken can write nothing. Every script that is
+repeated after a lost reply recognises the repetition, ``take`` apart: what its lost reply
+gave out comes back when the lease lapses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from random import uniform
+from typing import Any, Literal, cast
+
+import anyio
+
+from dispatcher.errors import QueueFull, QueueUnavailable, TaskConflict, TaskNotFound, UnknownQueue
+from dispatcher.model import DEFAULT_QUEUE, Delivery, Outcome, Task
+from dispatcher.queue.batch import Batch
+from dispatcher.queue.connection import connect, sorted_errors
+
+#: Tries of one script call and seconds before the second; jittered, doubling. What must not
+#: give up (a result) is repeated by its caller; a command that a person waits for is not.
+TRIES = 3
+FIRST_PAUSE = 0.1
+#: Tasks one script call carries: keeps a call near a millisecond of Redis' time.
+BATCH_SIZE = 100
+#: Tasks promoted or taken over by one tick.
+TICK_LIMIT = 500
+#: Leases after which an instance that shows no sign of life is forgotten.
+FORGET_LEASES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Names of the keys of one dispatcher system; all share the stream's hash slot."""
+
+    stream: str
+
+    def of(self, name: str) -> str:
+        """A key of ours beside the stream."""
+        return f"{{{self.stream}}}:{name}"
+
+    def queue(self, queue: str) -> str:
+        """The stream of a queue."""
+        return self.stream if queue == DEFAULT_QUEUE else self.of(queue)
+
+    def record(self, task_id: str) -> str:
+        """The hash of a task."""
+        return self.of(f"task:{task_id}")
+
+    def control(self, instance: str) -> str:
+        """The stream in which an instance is told things."""
+        return self.of(f"control:{instance}")
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A task on its way in, with the id it will have unless its key is known."""
+
+    task: Task
+    task_id: str
+    traceparent: str = ""
+    tracestate: str = ""
+
+    @classmethod
+    def of(cls, task: Task, *, traceparent: str = "", tracestate: str = "") -> Submission:
+        """Give ``task`` an id, if it has none."""
+        return cls(task, task.id or new_task_id(), traceparent, tracestate)
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What a tick told."""
+
+    namespace: str
+    #: Redis' clock, milliseconds.
+    now_ms: int
+    promoted: int
+    taken_over: int
+    #: When the next scheduled task may start; None if there is none.
+    next_due_ms: int | None
+
+
+Action = Literal["final", "retry", "release", "detach"]
+Budget = Literal["app", "infra", "none"]
+Held = Literal["ok", "cancel", "lost"]
+Placed = Literal["held", "moved", "known", "conflict", "unknown_queue", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How a delivery is given up; see ``lua/finish.lua``."""
+
+    task_id: str
+    owner: str
+    action: Action
+    outcome: Outcome
+    delay: float = 0.0
+    budget: Budget = "none"
+
+
+def new_task_id() -> str:
+    """An id nobody else has: 128 random bits."""
+    return secrets.token_hex(16)
+
+
+def ms(seconds: float | None) -> str:
+    """Seconds as Redis' milliseconds; '' for None."""
+    return "" if seconds is None else str(round(seconds * 1000))
+
+
+def hashed_key(key: str | None) -> str:
+    """An idempotency key as part of a Redis key: bounded and without odd characters."""
+    return hashlib.sha256(key.encode()).hexdigest() if key else ""
+
+
+class Store:
+    """The queue's truth, through its scripts."""
+
+    def __init__(
+        self,
+        url: str,
+        stream: str,
+        *,
+        group: str = "dispatchers",
+        retention: float = 86_400,
+        results_length: int = 100_000,
+        max_length: int = 0,
+        max_connections: int = 16,
+    ) -> None:
+        """``retention`` in seconds; ``max_length`` 0 is no limit. Sends nothing yet."""
+        self.keys = Keys(stream)
+        self.group = group
+        self.redis = connect(url, max_connections=max_connections)
+        self._retention = ms(retention)
+        self._results_length = str(results_length)
+        self._max_length = str(max_length)
+        self._scripts: dict[str, Callable[..., Awaitable[Any]]] = {}
+        self._enqueues = Batch(self._run_enqueue, BATCH_SIZE)
+        self._renewals = Batch(self._run_renew, BATCH_SIZE)
+        self._settlements = Batch(self._run_finish, BATCH_SIZE)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.redis.aclose()
+
+    async def ping(self) -> None:
+        """Raises QueueUnavailable unless Redis answers."""
+        with sorted_errors():
+            await cast(Awaitable[Any], self.redis.ping())
+
+    # --- producers --------------------------------------------------------------------
+
+    async def enqueue(self, submission: Submission) -> str:
+        """Accept a task; returns the id of the task that stands for it.
+
+        Raises TaskConflict, QueueFull, UnknownQueue, QueueUnavailable.
+        """
+        verdict, task_id = await self._enqueues.call(submission)
+        match verdict:
+            case "new" | "known":
+                return task_id
+            case "conflict":
+                raise TaskConflict(f"task {task_id} stands with other content under this id or idempotency key")
+            case "full":
+                raise QueueFull(f"queue {submission.task.queue!r} is full: QUEUE_MAX_LENGTH={self._max_length}")
+            case _:
+                known = sorted({DEFAULT_QUEUE, *await self.queues()})
+                raise UnknownQueue(
+                    f"queue: no instance serves {submission.task.queue!r}; known queues: {', '.join(known)}"
+                )
+
+    async def cancel(self, task_id: str) -> tuple[Literal["ended", "cancelled", "requested"], str]:
+        """Cancel a task in whatever phase it is; returns what became of that, and its state.
+
+        Raises TaskNotFound, QueueUnavailable.
+        """
+        reply = await self._call("cancel", [task_id, self._results_length, self._retention])
+        verdict, state = (part.decode() for part in reply)
+        if verdict == "unknown":
+            raise TaskNotFound(f"no task {task_id!r}")
+        return cast(Literal["ended", "cancelled", "requested"], verdict), state
+
+    async def queues(self) -> list[str]:
+        """Names of the queues that instances have registered."""
+        with sorted_errors():
+            members = await cast(Awaitable[set[bytes]], self.redis.smembers(self.keys.of("meta:queues")))
+        return sorted(member.decode() for member in members)
+
+    async def pause(self, queue: str, *, paused: bool) -> None:
+        """Keep instances from taking new tasks of ``queue``, or let them again.
+
+        Raises UnknownQueue, QueueUnavailable.
+        """
+        if queue not in {DEFAULT_QUEUE, *await self.queues()}:
+            raise UnknownQueue(f"no instance serves queue {queue!r}")
+        change = self.redis.sadd if paused else self.redis.srem
+        with sorted_errors():
+            await cast(Awaitable[int], change(self.keys.of("meta:paused"), queue))
+
+    # --- instances --------------------------------------------------------------------
+
+    async def take(
+        self,
+        n: int,
+        *,
+        instance: str,
+        incarnation: str,
+        lease: float,
+        queues: Mapping[str, int],
+        max_bytes: int,
+        daemon: str,
+    ) -> list[Delivery]:
+        """Take up to ``n`` tasks; ``lease`` in seconds, ``queues`` by weight.
+
+        Not repeated: what a lost reply gave out comes back when its lease lapses.
+        Raises QueueUnavailable.
+        """
+        weights = [part for name, weight in queues.items() for part in (name, str(weight))]
+        args = [self.group, instance, incarnation, ms(lease), str(n), str(max_bytes), daemon, *weights]
+        return [_delivery(raw) for raw in await self._call("take", args, tries=1)]
+
+    async def place(self, delivery: Delivery, task: Task) -> tuple[Placed, str]:
+        """Give a task that came in by plain XADD the identity, queue and time it asks for."""
+        args = [
+            delivery.task_id,
+            delivery.owner,
+            task.id or "",
+            task.digest(),
+            task.queue,
+            ms(task.delay or 0),
+            ms(task.not_before.timestamp() if task.not_before else 0),
+            hashed_key(task.idempotency_key),
+            self._retention,
+        ]
+        verdict, task_id = await self._call("place", args)
+        return cast(Placed, verdict.decode()), task_id.decode()
+
+    async def renew(self, task_id: str, owner: str, lease: float, fields: Mapping[str, str] | None = None) -> Held:
+        """Renew one lease for ``lease`` seconds and record ``fields``; see ``lua/renew.lua``."""
+        return await self._renewals.call((task_id, owner, lease, fields or {}))
+
+    async def renew_all(self, held: Sequence[tuple[str, str]], lease: float) -> list[Held]:
+        """Renew many leases, given as (task id, owner); answers in their order."""
+        answers: list[Held] = []
+        for start in range(0, len(held), BATCH_SIZE):
+            part = held[start : start + BATCH_SIZE]
+            answers += await self._run_renew([(task_id, owner, lease, {}) for task_id, owner in part])
+        return answers
+
+    async def finish(self, settlement: Settlement) -> Literal["ok", "lost"]:
+        """Give a delivery up: its end, a new attempt, or the same one elsewhere."""
+        return await self._settlements.call(settlement)
+
+    async def tick(
+        self, *, instance: str, info: str, lease: float, namespace: str, queues: Iterable[str]
+    ) -> Tick:
+        """Join (or with empty ``info`` leave), promote what is due, take over what lapsed."""
+        args = [instance, info, ms(lease), self.group, namespace, str(TICK_LIMIT), ms(lease * FORGET_LEASES), *queues]
+        name, now, promoted, taken_over, next_due = await self._call("tick", args)
+        return Tick(name.decode(), now, promoted, taken_over, int(next_due) if next_due else None)
+
+    # --- scripts ----------------------------------------------------------------------
+
+    async def _run_enqueue(self, submissions: Sequence[Submission]) -> list[tuple[str, str]]:
+        args = [self._max_length]
+        for s in submissions:
+            args += [
+                s.task_id,
+                s.task.digest(),
+                s.task.document().decode(),
+                s.task.queue,
+                ms(s.task.delay or 0),
+                ms(s.task.not_before.timestamp() if s.task.not_before else 0),
+                hashed_key(s.task.idempotency_key),
+                s.traceparent,
+                s.tracestate,
+            ]
+        return [(verdict.decode(), task_id.decode()) for verdict, task_id in await self._call("enqueue", args)]
+
+    async def _run_renew(self, items: Sequence[tuple[str, str, float, Mapping[str, str]]]) -> list[Held]:
+        args = [ms(max(lease for _, _, lease, _ in items))]
+        for task_id, owner, _, fields in items:
+            flat = [part for pair in fields.items() for part in pair]
+            args += [task_id, owner, str(len(flat)), *flat]
+        return [cast(Held, answer.decode()) for answer in await self._call("renew", args)]
+
+    async def _run_finish(self, settlements: Sequence[Settlement]) -> list[Literal["ok", "lost"]]:
+        args = [self._results_length, self._retention]
+        for s in settlements:
+            o = s.outcome
+            args += [
+                s.task_id,
+                s.owner,
+                s.action,
+                o.state,
+                o.reason or "",
+                o.message,
+                "" if o.exit_code is None else str(o.exit_code),
+                ms(o.started_at),
+                ms(o.finished_at),
+                "1" if o.reason is not None and o.reason.dead_letter else "0",
+                ms(s.delay),
+                s.budget,
+            ]
+        return [cast(Literal["ok", "lost"], answer.decode()) for answer in await self._call("finish", args)]
+
+    async def _call(self, name: str, args: Sequence[str], *, tries: int = TRIES) -> list[Any]:
+        """Run a script; a passing failure is tried again within the budget."""
+        pause = FIRST_PAUSE
+        for left in range(tries - 1, -1, -1):
+            try:
+                with sorted_errors():
+                    # A call cancelled halfway would lose its reply, and with it what it took.
+                    with anyio.CancelScope(shield=True):
+                        return cast(list[Any], await self._script(name)(keys=[self.keys.stream], args=args))
+            except QueueUnavailable:
+                if not left:
+                    raise
+            await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter, not a secret
+            pause *= 2
+        raise AssertionError("unreachable")
+
+    def _script(self, name: str) -> Callable[..., Awaitable[Any]]:
+        if name not in self._scripts:
+            self._scripts[name] = cast(Callable[..., Awaitable[Any]], self.redis.register_script(source(name)))
+        return self._scripts[name]
+
+
+@cache
+def source(name: str) -> str:
+    """The Lua text of a script, what all of them share included."""
+    lua = resources.files("dispatcher.queue") / "lua"
+    return (lua / "common.lua").read_text("utf-8") + "\n" + (lua / f"{name}.lua").read_text("utf-8")
+
+
+def _delivery(raw: list[Any]) -> Delivery:
+    (task_id, queue, owner, fence, attempt, document, source, oversize, parent, state, accepted, app, infra, cancel, fields) = raw
+    pairs = None if fields == b"" else tuple(zip(fields[::2], fields[1::2], strict=True))
+    return Delivery(
+        task_id=task_id.decode(),
+        queue=queue.decode(),
+        owner=owner.decode(),
+        fence=int(fence),
+        attempt=int(attempt),
+        document=document,
+        source_id=source.decode(),
+        fields=pairs,
+        oversize=int(oversize),
+        traceparent=parent.decode("ascii", "replace"),
+        tracestate=state.decode("ascii", "replace"),
+        accepted_ms=int(accepted),
+        app_failures=int(app or 0),
+        infra_failures=int(infra or 0),
+        cancelled=bool(cancel),
+    )

@@ -1,0 +1,134 @@
+"""The source ``redis-stream``: deliveries in, never more than there are free consumers.
+
+Taking is a script that does not block. What blocks is a doorbell on a connection of its own:
+a plain XREAD that takes nothing, so nothing is lost when it is cut or cancelled. It listens
+to the queues' streams and to this instance's control stream. Each stream's cursor makes the
+bell ring once for what is new; the reader looks for itself whenever it has free consumers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from random import uniform
+from typing import Any, cast
+
+import anyio
+import structlog
+
+from dispatcher.errors import QueueUnavailable
+from dispatcher.model import Delivery
+from dispatcher.queue.connection import BLOCK_TIMEOUT, connect, sorted_errors
+from dispatcher.queue.store import Store
+
+log = structlog.get_logger(__name__)
+
+#: Seconds after which the reader looks without having been called: what other instances put
+#: back into `ready` rings no bell here.
+POLL_SECONDS = 1.0
+#: Seconds between two rings while the first has not been answered (every consumer is busy).
+RING_PAUSE = 0.05
+MAX_PAUSE = 5.0
+
+#: Called with the operation and the task id of a control message.
+OnControl = Callable[[str, str], None]
+
+
+class StreamSource:
+    """Takes tasks from the streams of the queues this instance serves."""
+
+    def __init__(
+        self,
+        store: Store,
+        url: str,
+        *,
+        instance: str,
+        incarnation: str,
+        lease_seconds: float,
+        queues: Mapping[str, int],
+        max_bytes: int,
+        daemon: str,
+        on_control: OnControl,
+    ) -> None:
+        self._store = store
+        self._url = url
+        self._instance = instance
+        self._incarnation = incarnation
+        self._lease_seconds = lease_seconds
+        self._queues = queues
+        self._max_bytes = max_bytes
+        self._daemon = daemon
+        self._on_control = on_control
+        self._bell = anyio.Event()
+
+    async def take(self, n: int) -> list[Delivery]:
+        """Up to ``n`` tasks, leased to this instance; empty if there is nothing.
+
+        Raises QueueUnavailable.
+        """
+        self._bell = anyio.Event()
+        return await self._store.take(
+            n,
+            instance=self._instance,
+            incarnation=self._incarnation,
+            lease=self._lease_seconds,
+            queues=self._queues,
+            max_bytes=self._max_bytes,
+            daemon=self._daemon,
+        )
+
+    async def wait(self) -> None:
+        """Return when there may be something to take; at the latest after POLL_SECONDS."""
+        with anyio.move_on_after(uniform(POLL_SECONDS / 2, POLL_SECONDS)):  # noqa: S311 - jitter
+            await self._bell.wait()
+
+    def ring(self) -> None:
+        """Make the reader look now."""
+        self._bell.set()
+
+    async def listen(self) -> None:
+        """Ring for what is new until cancelled; reconnects with backoff."""
+        control = self._store.keys.control(self._instance)
+        cursors = {self._store.keys.queue(queue): "0-0" for queue in self._queues}
+        cursors[control] = "0-0"
+        pause = 0.1
+        redis = connect(self._url, max_connections=1)
+        try:
+            while True:
+                try:
+                    with sorted_errors():
+                        command = ["XREAD", "COUNT", 1, "BLOCK", int(BLOCK_TIMEOUT * 1000), "STREAMS"]
+                        reply = await cast(
+                            Awaitable[Any], redis.execute_command(*command, *cursors, *cursors.values())
+                        )
+                except QueueUnavailable as error:
+                    log.warning("doorbell.disconnected", error=str(error))
+                    await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter
+                    pause = min(MAX_PAUSE, pause * 2)
+                    continue
+                pause = 0.1
+                await self._heard(reply, cursors, control)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await redis.aclose()
+
+    async def _heard(self, reply: Any, cursors: dict[str, str], control: str) -> None:
+        rang = False
+        pairs = reply.items() if isinstance(reply, dict) else reply or []
+        for key, entries in pairs:
+            for entry_id, fields in entries:
+                cursors[key.decode()] = entry_id.decode()
+                if key.decode() != control:
+                    rang = True
+                elif fields is not None:
+                    self._control(_pairs(fields))
+        if rang and self._bell.is_set():
+            await anyio.sleep(RING_PAUSE)
+        if rang:
+            self.ring()
+
+    def _control(self, message: dict[bytes, bytes]) -> None:
+        self._on_control(message.get(b"op", b"").decode(), message.get(b"id", b"").decode())
+
+
+def _pairs(fields: Any) -> dict[bytes, bytes]:
+    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
