@@ -51,6 +51,12 @@ class RejectedTask(TaskRefused):
     reason = Reason.REJECTED
 
 
+class ExpiredTask(TaskRefused):
+    """The task's expires_at had passed before it could be started."""
+
+    reason = Reason.EXPIRED
+
+
 class TaskConflict(DispatcherError):
     """The id or idempotency key is taken by a task with other content."""
 

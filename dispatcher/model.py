@@ -299,6 +299,10 @@ class Delivery:
     app_failures: int = 0
     infra_failures: int = 0
     cancelled: bool = False
+    #: Why an earlier owner stopped this attempt's container: "timeout" or "cancel"; or ''.
+    cause: str = ""
+    #: Where this attempt's container may be already; '' if nobody came to making one.
+    daemon: str = ""
 
 
 def container_name(namespace: str, task_id: str, attempt: int) -> str:

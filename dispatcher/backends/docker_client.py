@@ -14,7 +14,7 @@ import math
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import docker
@@ -38,7 +38,9 @@ LAUNCH_TIMEOUT = 120.0
 _CUT_INTERVAL = 0.01
 _CUT_PATIENCE = 5.0
 
-type_sorter = Callable[[BaseException], BackendError]
+T = TypeVar("T")
+#: Turns a library's error into one of ours.
+Sorter = Callable[[BaseException], BackendError]
 
 
 class StreamClient(docker.APIClient):
@@ -93,7 +95,7 @@ class Engine:
     ) -> None:
         """``base_url`` None: what DOCKER_HOST, DOCKER_TLS_VERIFY and DOCKER_CERT_PATH say."""
         self._base_url = base_url
-        self.control = CapacityLimiter(control_threads)
+        self._control = CapacityLimiter(control_threads)
         self.pulls = CapacityLimiter(max_pulls)
         self.log_readers = CapacityLimiter(log_readers)
         #: One for the events, which are followed once.
@@ -107,14 +109,13 @@ class Engine:
         """Agree on the API's version anew: the engine may be another one after a restart."""
         self._version = None
 
-    async def call[T](
+    async def call(
         self,
         work: Callable[[docker.APIClient], T],
         *,
         timeout: float = CONTROL_TIMEOUT,
         abandon: bool = True,
-        sort: type_sorter = sort_error,
-        limiter: CapacityLimiter | None = None,
+        sort: Sorter = sort_error,
     ) -> T:
         """Do ``work`` in a control thread, in at most ``timeout`` seconds.
 
@@ -131,31 +132,32 @@ class Engine:
 
         try:
             with anyio.fail_after(timeout):
-                return await to_thread.run_sync(
-                    in_thread, limiter=limiter or self.control, abandon_on_cancel=abandon
-                )
+                return await to_thread.run_sync(in_thread, limiter=self._control, abandon_on_cancel=abandon)
         except TimeoutError:
             raise BackendUnreachable(f"the Docker engine did not answer within {timeout:g} s") from None
 
-    async def stream[T](
+    async def stream(
         self,
         work: Callable[[StreamClient], T],
         *,
         limiter: CapacityLimiter,
         silence: float | None = None,
-        sort: type_sorter = sort_error,
+        sort: Sorter = sort_error,
     ) -> T:
         """Do ``work`` in a thread with a client of its own; cancelling ends both.
 
         Raises what ``sort`` makes of the library's errors.
         """
         running: list[StreamClient] = []
-        ended = threading.Event()
+        begun, left, ended = threading.Event(), threading.Event(), threading.Event()
 
         def in_thread() -> T:
+            begun.set()
             try:
                 with StreamClient(silence=silence, **self._client_arguments()) as client:
                     running.append(client)
+                    if left.is_set():
+                        raise BackendUnreachable("the caller has left")
                     return work(client)
             except LIBRARY_ERRORS as error:
                 raise sort(error) from error
@@ -165,10 +167,12 @@ class Engine:
         try:
             return await to_thread.run_sync(in_thread, limiter=limiter, abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
+            left.set()
             with anyio.move_on_after(_CUT_PATIENCE, shield=True):
                 # More than once: it may just be about to connect.
-                while running and not ended.is_set():
-                    running[0].cut()
+                while begun.is_set() and not ended.is_set():
+                    for client in running:
+                        client.cut()
                     await anyio.sleep(_CUT_INTERVAL)
             raise
 
@@ -186,10 +190,10 @@ class Engine:
         return client
 
     def _client_arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = docker.utils.kwargs_from_env()
+        arguments: dict[str, Any] = {**docker.utils.kwargs_from_env()}
         if self._base_url is not None:
             arguments["base_url"] = self._base_url
         if self._version is None:
-            with contextlib.closing(docker.APIClient(timeout=math.ceil(CONNECT_TIMEOUT), **arguments)) as client:
+            with docker.APIClient(timeout=math.ceil(CONNECT_TIMEOUT), **arguments) as client:
                 self._version = client.api_version
         return {**arguments, "version": self._version}

@@ -58,6 +58,8 @@ _NO_CAPACITY = re.compile(
     r"|resource temporarily unavailable|no available ipv4 address|all predefined address pools"
     r"|could not find an available"
 )
+#: What is found wrong already in the create, with the image at hand.
+_NO_PROGRAM = re.compile(r"no command specified|cannot mkdir|is not a directory")
 #: The engine's own trouble while starting, which says nothing about the task.
 _TRANSIENT_START = re.compile(r"deadline exceeded|timed? ?out|connection refused|transport is closing|ttrpc")
 _START_DETAIL = re.compile(r"(?:starting container process caused|unable to start container process): (.+)")
@@ -93,12 +95,15 @@ def sort_error(error: BaseException) -> BackendError:
 
 
 def sort_create(error: BaseException) -> BackendError:
-    """A library error of ``create``: what an engine finds wrong with a configuration is final."""
+    """A library error of ``create``: what is wrong with the configuration is final."""
     sorted_error = sort_error(error)
-    if isinstance(error, APIError) and type(sorted_error) in (BackendError, ContainerGone):
-        # 404 besides a missing image is a missing network.
-        if error.status_code in (requests.codes.bad_request, requests.codes.not_found):
-            return LaunchRejected(str(sorted_error))
+    text = str(sorted_error)
+    if type(sorted_error) is BackendError and _NO_PROGRAM.search(text.lower()):
+        return StartFailed(text)
+    refused = isinstance(error, APIError) and error.status_code == requests.codes.bad_request
+    # A 404 that is not about the image is about something else the container wants.
+    if type(sorted_error) is ContainerGone or (refused and type(sorted_error) is BackendError):
+        return LaunchRejected(text)
     return sorted_error
 
 

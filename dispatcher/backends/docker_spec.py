@@ -26,6 +26,11 @@ UNPRIVILEGED = "65534:65534"
 #: Bytes of /tmp under a read-only root. They count as memory, hence modest.
 TMPFS_BYTES = 64 * 1024 * 1024
 
+_TMP = "/tmp"  # noqa: S108 - a path in the container
+#: Linux' MAX_ARG_STRLEN and, with the usual stack limit, the room for all arguments and
+#: variables together. More can't be executed, and makes some engines hang in the start.
+_ARGUMENT_BYTES = 128 * 1024
+_ARGUMENTS_BYTES = 2 * 1024 * 1024
 _NANO = 1_000_000_000
 #: A numeric user that is not root, with or without a numeric group. Names are not taken:
 #: an image's own /etc/passwd can call user 0 anything.
@@ -65,11 +70,14 @@ def container_config(attempt: Attempt, *, log_max_bytes: int, image_user: str = 
     """
     if attempt.network.startswith("container:"):
         raise LaunchRejected("a task can't join another container's network")
+    environment = [f"{name}={value}" for name, value in attempt.env.items()]
+    _check_sizes([*(attempt.entrypoint or ()), *(attempt.command or ()), *environment])
     host: dict[str, Any] = {
         "NetworkMode": attempt.network,
-        # Whatever the engine's default driver is: an unbounded one fills the host.
+        # Whatever the default: an unbounded driver fills the host, and json-file writes each byte
+        # that is not UTF-8 as U+FFFD.
         "LogConfig": {
-            "Type": "json-file",
+            "Type": "local",
             "Config": {"max-size": str(log_max_bytes), "max-file": str(LOG_FILES)},
         },
         # An engine that restarts or removes on its own takes the outcome away from us.
@@ -91,12 +99,12 @@ def container_config(attempt: Attempt, *, log_max_bytes: int, image_user: str = 
         user = _restricted_user(attempt.user, image_user)
         host["CapDrop"] = ["ALL"]
         host["ReadonlyRootfs"] = True
-        host["Tmpfs"] = {"/tmp": f"rw,noexec,nosuid,nodev,size={TMPFS_BYTES},mode=1777"}
+        host["Tmpfs"] = {_TMP: f"rw,noexec,nosuid,nodev,size={TMPFS_BYTES},mode=1777"}
     config: dict[str, Any] = {
         "Image": engine_name(attempt.image),
         "Entrypoint": _listed(attempt.entrypoint),
         "Cmd": _listed(attempt.command),
-        "Env": [f"{name}={value}" for name, value in attempt.env.items()],
+        "Env": environment,
         "WorkingDir": attempt.workdir,
         "User": user,
         # Ours last: a task's label never replaces one that containers are found by.
@@ -108,6 +116,15 @@ def container_config(attempt: Attempt, *, log_max_bytes: int, image_user: str = 
 
 def _listed(words: tuple[str, ...] | None) -> list[str] | None:
     return None if words is None else list(words)
+
+
+def _check_sizes(words: list[str]) -> None:
+    # Each ends with a NUL and is pointed to.
+    sizes = [len(word.encode()) + 1 for word in words]
+    if max(sizes, default=0) > _ARGUMENT_BYTES:
+        raise LaunchRejected(f"an argument or variable is longer than {_ARGUMENT_BYTES - 1} bytes")
+    if sum(sizes) + 8 * len(sizes) > _ARGUMENTS_BYTES:
+        raise LaunchRejected(f"arguments and variables together exceed {_ARGUMENTS_BYTES} bytes")
 
 
 def _restricted_user(asked: str | None, image_user: str) -> str:
@@ -139,23 +156,63 @@ def phase_of(inspected: Mapping[str, Any]) -> Phase:
     return Phase.CREATED if unix_time(state["StartedAt"]) is None else Phase.EXITED
 
 
+def has_ended(inspected: Mapping[str, Any]) -> bool:
+    """Whether the exit can be read and stands.
+
+    Not while it is being removed: a removal by force has killed it, so the end was not the
+    program's own. It is gone in a moment, or shows its exit when the removal failed.
+    """
+    return phase_of(inspected) is Phase.EXITED and inspected["State"]["Status"] != "removing"
+
+
 def handle_of(inspected: Mapping[str, Any], daemon: str, *, adopted: bool = False) -> Handle:
     """An inspected container of ours.
 
     Raises ForeignContainer if it lacks the labels that ours bear.
     """
-    labels = inspected["Config"]["Labels"] or {}
-    name = str(inspected["Name"]).lstrip("/")
+    return _handle(
+        inspected,
+        daemon=daemon,
+        name=inspected["Name"],
+        labels=inspected["Config"]["Labels"] or {},
+        phase=phase_of(inspected),
+        started_at=unix_time(inspected["State"]["StartedAt"]),
+        adopted=adopted,
+    )
+
+
+def created_handle_of(listed: Mapping[str, Any], daemon: str) -> Handle | None:
+    """A listed container of ours, if it was never started; a list doesn't say when others were.
+
+    Raises ForeignContainer if it lacks the labels that ours bear.
+    """
+    if listed["State"] != "created":
+        return None
+    return _handle(
+        listed, daemon=daemon, name=listed["Names"][0], labels=listed["Labels"], phase=Phase.CREATED
+    )
+
+
+def _handle(
+    answer: Mapping[str, Any],
+    *,
+    daemon: str,
+    name: str,
+    labels: Mapping[str, str],
+    phase: Phase,
+    started_at: float | None = None,
+    adopted: bool = False,
+) -> Handle:
     try:
         return Handle(
-            container_id=inspected["Id"],
-            name=name,
+            container_id=answer["Id"],
+            name=name.lstrip("/"),
             namespace=labels[NAMESPACE_LABEL],
             task_id=labels["dispatcher.task-id"],
             attempt=int(labels["dispatcher.attempt"]),
             daemon=daemon,
-            phase=phase_of(inspected),
-            started_at=unix_time(inspected["State"]["StartedAt"]),
+            phase=phase,
+            started_at=started_at,
             adopted=adopted,
         )
     except (KeyError, ValueError):
@@ -166,11 +223,13 @@ def exit_of(inspected: Mapping[str, Any]) -> Exit:
     """How an inspected container, which must have ended, did so."""
     state = inspected["State"]
     finished = unix_time(state["FinishedAt"]) or 0.0
+    started = unix_time(state["StartedAt"]) or finished
     code = int(state["ExitCode"])
     return Exit(
         exit_code=code,
-        started_at=unix_time(state["StartedAt"]) or finished,
-        finished_at=finished,
+        started_at=started,
+        # The two are noted by different hands: a program that ends at once ends "before".
+        finished_at=max(started, finished),
         # The engine also sets its mark when only a child was killed; a program that coped
         # and ended well was not.
         oom=bool(state["OOMKilled"]) and code != 0,

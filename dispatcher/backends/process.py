@@ -349,7 +349,7 @@ async def _reap(pidfd: int) -> None:
     """Wait for the end of a wrapper that is a child of ours, and release its pid."""
     try:
         await anyio.wait_readable(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222 - WNOHANG: it has ended
     finally:
         os.close(pidfd)
 

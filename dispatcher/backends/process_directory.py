@@ -186,17 +186,36 @@ class AttemptDirectories:
         The offset is larger than ``position`` where the output between was dropped. Empty if
         there is no more now. Raises ContainerGone.
         """
-        try:
-            with _opened(self.path(name)) as directory:
-                os.stat(f"{wrapper.LOCK}{creation_id}", dir_fd=directory)
-                return _read_output(directory, position)
-        except FileNotFoundError:
-            raise ContainerGone from None
+        with self._output_of(name, creation_id) as directory:
+            while starts := _output_starts(directory):
+                # Files join without a gap, so a position lies in the last that begins before it.
+                begin = max((start for start in starts if start <= position), default=starts[0])
+                with contextlib.suppress(FileNotFoundError):  # rotated away meanwhile: look again
+                    file = os.open(_output_name(begin), os.O_RDONLY, dir_fd=directory)
+                    position = max(position, begin)
+                    try:
+                        return position, os.pread(file, wrapper.PIECE, position - begin)
+                    finally:
+                        os.close(file)
+            return position, b""
 
     def output_end(self, name: Name, creation_id: str) -> int:
         """The offset behind the last byte of output there is now. Raises ContainerGone."""
-        position, data = self.read_output(name, creation_id, sys.maxsize)
-        return position - sys.maxsize
+        with self._output_of(name, creation_id) as directory:
+            while starts := _output_starts(directory):
+                with contextlib.suppress(FileNotFoundError):  # rotated away meanwhile: look again
+                    latest = os.stat(_output_name(starts[-1]), dir_fd=directory)
+                    return starts[-1] + latest.st_size
+            return 0
+
+    @contextlib.contextmanager
+    def _output_of(self, name: Name, creation_id: str) -> Iterator[int]:
+        try:
+            with _opened(self.path(name)) as directory:
+                os.stat(f"{wrapper.LOCK}{creation_id}", dir_fd=directory)
+                yield directory
+        except FileNotFoundError:
+            raise ContainerGone from None
 
     def _drop(self, name: Name) -> None:
         # Another attempt's by now, and then not empty; or cleared away by somebody else.
@@ -318,25 +337,11 @@ def _clear(directory: int) -> None:
                 os.unlink(entry, dir_fd=directory)
 
 
-def _read_output(directory: int, position: int) -> tuple[int, bytes]:
-    """See ``AttemptDirectories.read_output``."""
-    while True:
-        starts = sorted(
-            int(entry.removeprefix(wrapper.OUTPUT))
-            for entry in os.listdir(directory)
-            if entry.startswith(wrapper.OUTPUT)
-        )
-        if not starts:
-            return position, b""
-        # Files join without a gap, so a position lies in the last one that begins before it.
-        begin = max((start for start in starts if start <= position), default=starts[0])
-        position = max(position, begin)
-        name = f"{wrapper.OUTPUT}{begin:0{wrapper.OFFSET_DIGITS}d}"
-        try:
-            file = os.open(name, os.O_RDONLY, dir_fd=directory)
-        except FileNotFoundError:
-            continue  # it was rotated away meanwhile: look again
-        try:
-            return position, os.pread(file, wrapper.PIECE, position - begin)
-        finally:
-            os.close(file)
+def _output_name(start: int) -> str:
+    return f"{wrapper.OUTPUT}{start:0{wrapper.OFFSET_DIGITS}d}"
+
+
+def _output_starts(directory: int) -> list[int]:
+    """The offsets that the files of output begin at, in order; empty before the start."""
+    names = (name for name in os.listdir(directory) if name.startswith(wrapper.OUTPUT))
+    return sorted(int(name.removeprefix(wrapper.OUTPUT)) for name in names)

@@ -21,9 +21,9 @@ Files in that directory, each complete as soon as it can be seen:
 ``output-<offset>``
     What the program wrote to both streams, from that offset on. At most two are kept.
 
-Signals: SIGTERM is passed on to the program's process group, SIGUSR1 kills it. When the
-program ends, all its descendants are killed, as a container's end does: the wrapper is
-their subreaper, so one that made itself a session of its own is found as well.
+Signals, as a container's engine gives them: SIGTERM is passed on to the program alone, and
+SIGUSR1 kills its process group. When the program ends, all its descendants are killed: the
+wrapper is their subreaper, so one that made itself a session of its own is found as well.
 
 To the pipe on its standard output goes one line, ``started``, ``revoked`` or ``failed``.
 """
@@ -137,10 +137,15 @@ class Program:
             os.waitpid(self.pid, 0)
             raise ValueError(problem.decode(errors="replace"))
 
-    def signal_group(self, number: int) -> None:
-        """Signal the program's process group; its id is ours until ``finish`` has reaped."""
+    def terminate(self) -> None:
+        """Ask it to end. Its id is its own until ``finish`` has reaped it."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def ended(self) -> bool:
         """Reap orphans that have ended; tell whether the program has, without reaping it."""
@@ -152,7 +157,7 @@ class Program:
 
     def finish(self) -> int:
         """Kill what is left of it, reap everything, return its exit code."""
-        self.signal_group(signal.SIGKILL)
+        self.kill()
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         while descendants := _children():
             try:
@@ -204,7 +209,7 @@ def _execute(specification: Specification, directory: int, output: int, report: 
             resource.setrlimit(resource.RLIMIT_AS, (specification["memory"], specification["memory"]))
         argv = specification["argv"]
         os.execvpe(argv[0], argv, specification["env"])  # noqa: S606 - no shell is what is wanted
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - a fork of the wrapper must not go on as one
         with contextlib.suppress(OSError):
             os.write(report, _problem(error).encode(errors="replace")[:PIECE])
     os._exit(127)
@@ -251,8 +256,8 @@ def _supervise(program: Program, output: Output) -> None:
     wakeup, wakeup_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup_end, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: program.signal_group(signal.SIGTERM))
-    signal.signal(signal.SIGUSR1, lambda *_: program.signal_group(signal.SIGKILL))
+    signal.signal(signal.SIGTERM, lambda *_: program.terminate())
+    signal.signal(signal.SIGUSR1, lambda *_: program.kill())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     poller = select.poll()
     poller.register(wakeup, select.POLLIN)
@@ -287,9 +292,11 @@ def main(path: str, creation_id: str) -> None:
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return _report("revoked")
+        _report("revoked")
+        return
     if not _claim(directory, creation_id):
-        return _report("revoked")
+        _report("revoked")
+        return
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     with open(os.open(SPECIFICATION, os.O_RDONLY, dir_fd=directory), encoding="utf-8") as file:
         specification: Specification = json.load(file)
@@ -299,7 +306,8 @@ def main(path: str, creation_id: str) -> None:
     except (OSError, ValueError) as error:
         message = " ".join(_problem(error).split())[:MESSAGE_MAX]
         _publish(directory, FAILED, {"message": message})
-        return _report(f"failed {message}")
+        _report(f"failed {message}")
+        return
     _publish(directory, RUNNING, {"started_at": program.started_at})
     _report("started")
     _supervise(program, output)

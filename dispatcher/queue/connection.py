@@ -7,8 +7,9 @@ whose reply was lost is done twice. So no connection of ours repeats anything by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from redis import exceptions
@@ -23,6 +24,19 @@ SOCKET_TIMEOUT = 5.0
 #: Seconds a blocking read may block: below the socket timeout, or every quiet spell would
 #: look like a dead connection.
 BLOCK_TIMEOUT = 2.0
+#: Replies that stand for a state of the server which passes or which an operator mends.
+_PASSING = (
+    "LOADING",
+    "BUSY",
+    "MISCONF",
+    "OOM",
+    "READONLY",
+    "MASTERDOWN",
+    "TRYAGAIN",
+    "CLUSTERDOWN",
+    "UNBLOCKED",
+    "NOREPLICAS",
+)
 
 
 def connect(url: str, *, max_connections: int) -> Redis:
@@ -76,5 +90,31 @@ def sorted_errors() -> Iterator[None]:
         raise
 
 
-#: Replies that stand for a state of the server which passes or which an operator mends.
-_PASSING = ("LOADING", "BUSY", "MISCONF", "OOM", "READONLY", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "UNBLOCKED", "NOREPLICAS")
+async def command(redis: Redis, *parts: str | bytes | float) -> Any:
+    """Send one command as it is written, e.g. ``command(redis, "XLEN", key)``.
+
+    Replies are as RESP2 has them, put into tuples and dicts by redis-py. (Its own methods are
+    typed for every protocol and decoding at once, and so hardly at all.)
+    Raises QueueUnavailable.
+    """
+    with sorted_errors():
+        return await cast(Callable[..., Awaitable[Any]], redis.execute_command)(*parts)
+
+
+async def read_after(
+    redis: Redis, count: int, cursors: Mapping[str, str]
+) -> list[tuple[str, str, dict[bytes, bytes]]]:
+    """Up to ``count`` entries a stream after its cursor, as (key, entry id, fields).
+
+    Blocks for BLOCK_TIMEOUT at most. Raises QueueUnavailable.
+    """
+    block = int(BLOCK_TIMEOUT * 1000)
+    reply = await command(
+        redis, "XREAD", "COUNT", count, "BLOCK", block, "STREAMS", *cursors, *cursors.values()
+    )
+    pairs = reply.items() if isinstance(reply, dict) else reply or []
+    return [
+        (key.decode(), entry_id.decode(), fields or {})
+        for key, entries in pairs
+        for entry_id, fields in entries
+    ]

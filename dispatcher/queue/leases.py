@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
 from random import uniform
 
 import anyio
@@ -16,69 +18,102 @@ log = structlog.get_logger(__name__)
 
 #: Renewals a lease: three may fail before it lapses.
 RENEWALS_PER_LEASE = 4
-#: Longest pause, in seconds, between tries to record a result while Redis is away.
+#: Seconds between tries to record a result while Redis is away: at first, and at the longest.
+FIRST_PAUSE = 0.2
 MAX_PAUSE = 5.0
 
 
+class Wish(StrEnum):
+    """What is wanted of whoever runs a task, beside running it."""
+
+    #: End it: its owner or an operator does not want it any more.
+    CANCEL = "cancel"
+    #: Let go of it: this instance is leaving.
+    DETACH = "detach"
+
+
 class Lease:
-    """This instance's hold on one task."""
+    """This instance's hold on one task.
+
+    ``scope`` covers all that is done for the task and is cancelled when the lease is lost.
+    Waiting that a wish may cut short stands under ``interruptible()``.
+    """
 
     def __init__(self, keeper: LeaseKeeper, delivery: Delivery) -> None:
         self.task_id = delivery.task_id
         self.owner = delivery.owner
         self.state = State.QUEUED
-        #: Set when somebody wants the task cancelled.
-        self.cancel_requested = anyio.Event()
-        #: Set when another instance owns the task; nothing may be written for it any more.
-        self.lost = anyio.Event()
+        self.scope = anyio.CancelScope()
+        self.lost = False
+        self.wish: Wish | None = Wish.CANCEL if delivery.cancelled else None
+        self._interruptible: anyio.CancelScope | None = None
         self._keeper = keeper
-        if delivery.cancelled:
-            self.cancel_requested.set()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Cut what is inside short as soon as there is a wish; the caller looks at ``wish``."""
+        with anyio.CancelScope() as scope:
+            self._interruptible = scope
+            if self.wish:
+                scope.cancel()
+            try:
+                yield
+            finally:
+                self._interruptible = None
+
+    def request(self, wish: Wish) -> None:
+        """Express a wish. A cancellation is not taken back by a later wish to let go."""
+        if self.wish is not Wish.CANCEL:
+            self.wish = wish
+        if self._interruptible:
+            self._interruptible.cancel()
 
     async def mark(self, state: State, fields: Mapping[str, str] | None = None) -> None:
         """Renew, and record that the task is in ``state`` now.
 
         Raises LeaseLost, QueueUnavailable.
         """
-        store = self._keeper.store
-        answer = await store.renew(
-            self.task_id, self.owner, self._keeper.lease_seconds, {"state": state, **(fields or {})}
+        keeper = self._keeper
+        answer = await keeper.store.renew(
+            self.task_id, self.owner, keeper.lease_seconds, {"state": state, **(fields or {})}
         )
         self.state = state
         self.heard(answer)
-        if self.lost.is_set():
-            raise LeaseLost()
+        if self.lost:
+            raise LeaseLost
 
     async def give_up(
         self, action: Action, outcome: Outcome, *, delay: float = 0.0, budget: Budget = "none"
     ) -> None:
-        """Record how this delivery ended and let go of it.
+        """Record how this delivery ended and let go of it. ``delay`` in seconds.
 
         Tries for as long as it takes Redis to come back: a result is never dropped for want of
         patience. Raises LeaseLost if the task is another's by then.
         """
         settlement = Settlement(self.task_id, self.owner, action, outcome, delay, budget)
-        pause = 0.2
-        while True:
+        pause = FIRST_PAUSE
+        answer = None
+        while answer is None:
             try:
                 answer = await self._keeper.store.finish(settlement)
-                break
+                continue
             except QueueUnavailable as error:
                 log.warning("task.finish_delayed", task_id=self.task_id, error=str(error))
             await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter, not a secret
             pause = min(MAX_PAUSE, pause * 2)
         self._keeper.forget(self)
         if answer == "lost":
-            self.lost.set()
-            raise LeaseLost()
+            self.lost = True
+            raise LeaseLost
 
     def heard(self, answer: str) -> None:
         """Take in what a renewal was told."""
         if answer == "lost":
-            self.lost.set()
+            self.lost = True
             self._keeper.forget(self)
+            self.scope.cancel()
         elif answer == "cancel":
-            self.cancel_requested.set()
+            self.request(Wish.CANCEL)
 
 
 class LeaseKeeper:
@@ -88,6 +123,7 @@ class LeaseKeeper:
         self.store = store
         self.lease_seconds = lease_seconds
         self._held: dict[str, Lease] = {}
+        self._emptied = anyio.Event()
 
     @property
     def held(self) -> Mapping[str, Lease]:
@@ -110,11 +146,14 @@ class LeaseKeeper:
         """Stop renewing: it lapses, or is another's."""
         if self._held.get(lease.task_id) is lease:
             del self._held[lease.task_id]
+        if not self._held:
+            self._emptied.set()
 
-    def request_cancel(self, task_id: str) -> None:
-        """Tell whoever runs the task that it is not wanted; nothing if it is not ours."""
-        if lease := self._held.get(task_id):
-            lease.cancel_requested.set()
+    async def until_empty(self) -> None:
+        """Return as soon as no lease is held."""
+        while self._held:
+            self._emptied = anyio.Event()
+            await self._emptied.wait()
 
     async def run(self) -> None:
         """Renew until cancelled."""
@@ -124,7 +163,9 @@ class LeaseKeeper:
             if not leases:
                 continue
             try:
-                answers = await self.store.renew_all([(h.task_id, h.owner) for h in leases], self.lease_seconds)
+                answers = await self.store.renew_all(
+                    [(h.task_id, h.owner) for h in leases], self.lease_seconds
+                )
             except QueueUnavailable as error:
                 log.warning("leases.not_renewed", held=len(leases), error=str(error))
                 continue

@@ -9,7 +9,7 @@ import anyio
 import structlog
 
 from dispatcher.errors import QueueUnavailable
-from dispatcher.queue.store import Store, Tick, new_task_id
+from dispatcher.queue.store import Limits, Store, Tick, new_task_id
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +28,7 @@ class Recovery:
         *,
         instance: str,
         lease_seconds: float,
+        limits: Limits,
         queues: Iterable[str],
         info: Callable[[], str],
         on_promoted: Callable[[], None],
@@ -36,6 +37,7 @@ class Recovery:
         self._store = store
         self._instance = instance
         self._lease_seconds = lease_seconds
+        self._limits = limits
         self._queues = tuple(queues)
         self._info = info
         self._on_promoted = on_promoted
@@ -78,5 +80,6 @@ class Recovery:
             info=info,
             lease=self._lease_seconds,
             namespace=new_task_id(),
+            limits=self._limits,
             queues=self._queues,
         )

@@ -20,10 +20,17 @@ from typing import Any, Literal, cast
 
 import anyio
 
-from dispatcher.errors import QueueFull, QueueUnavailable, TaskConflict, TaskNotFound, UnknownQueue
+from dispatcher.errors import (
+    InvalidTask,
+    QueueFull,
+    QueueUnavailable,
+    TaskConflict,
+    TaskNotFound,
+    UnknownQueue,
+)
 from dispatcher.model import DEFAULT_QUEUE, Delivery, Outcome, Task
 from dispatcher.queue.batch import Batch
-from dispatcher.queue.connection import connect, sorted_errors
+from dispatcher.queue.connection import command, connect, sorted_errors
 
 #: Tries of one script call and seconds before the second; jittered, doubling. What must not
 #: give up (a result) is repeated by its caller; a command that a person waits for is not.
@@ -33,6 +40,9 @@ FIRST_PAUSE = 0.1
 BATCH_SIZE = 100
 #: Tasks promoted or taken over by one tick.
 TICK_LIMIT = 500
+#: Messages an instance may lag behind, and milliseconds they stay (as in ``cancel.lua``).
+CONTROL_LENGTH = 1_000
+CONTROL_MS = 3_600_000
 #: Leases after which an instance that shows no sign of life is forgotten.
 FORGET_LEASES = 4
 
@@ -73,6 +83,17 @@ class Submission:
     def of(cls, task: Task, *, traceparent: str = "", tracestate: str = "") -> Submission:
         """Give ``task`` an id, if it has none."""
         return cls(task, task.id or new_task_id(), traceparent, tracestate)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The operator's settings that scripts obey; every tick tells them to Redis, so that
+    producers need not know them. Seconds, entries, tasks (0: no limit), bytes."""
+
+    retention: float = 86_400.0
+    results_length: int = 100_000
+    max_length: int = 0
+    max_bytes: int = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +151,12 @@ class Store:
         stream: str,
         *,
         group: str = "dispatchers",
-        retention: float = 86_400,
-        results_length: int = 100_000,
-        max_length: int = 0,
         max_connections: int = 16,
     ) -> None:
-        """``retention`` in seconds; ``max_length`` 0 is no limit. Sends nothing yet."""
+        """Sends nothing yet."""
         self.keys = Keys(stream)
         self.group = group
         self.redis = connect(url, max_connections=max_connections)
-        self._retention = ms(retention)
-        self._results_length = str(results_length)
-        self._max_length = str(max_length)
         self._scripts: dict[str, Callable[..., Awaitable[Any]]] = {}
         self._enqueues = Batch(self._run_enqueue, BATCH_SIZE)
         self._renewals = Batch(self._run_renew, BATCH_SIZE)
@@ -153,24 +168,29 @@ class Store:
 
     async def ping(self) -> None:
         """Raises QueueUnavailable unless Redis answers."""
-        with sorted_errors():
-            await cast(Awaitable[Any], self.redis.ping())
+        await command(self.redis, "PING")
 
     # --- producers --------------------------------------------------------------------
 
     async def enqueue(self, submission: Submission) -> str:
         """Accept a task; returns the id of the task that stands for it.
 
-        Raises TaskConflict, QueueFull, UnknownQueue, QueueUnavailable.
+        Raises TaskConflict, QueueFull, UnknownQueue, InvalidTask (too large), QueueUnavailable.
         """
-        verdict, task_id = await self._enqueues.call(submission)
+        verdict, task_id, limit = await self._enqueues.call(submission)
         match verdict:
             case "new" | "known":
                 return task_id
             case "conflict":
-                raise TaskConflict(f"task {task_id} stands with other content under this id or idempotency key")
+                raise TaskConflict(
+                    f"task {task_id} stands with other content under this id or idempotency key"
+                )
             case "full":
-                raise QueueFull(f"queue {submission.task.queue!r} is full: QUEUE_MAX_LENGTH={self._max_length}")
+                raise QueueFull(
+                    f"queue {submission.task.queue!r} is full: {limit} tasks wait (QUEUE_MAX_LENGTH)"
+                )
+            case "too_large":
+                raise InvalidTask(f"the document is larger than {limit} bytes (TASK_MAX_BYTES)")
             case _:
                 known = sorted({DEFAULT_QUEUE, *await self.queues()})
                 raise UnknownQueue(
@@ -182,16 +202,25 @@ class Store:
 
         Raises TaskNotFound, QueueUnavailable.
         """
-        reply = await self._call("cancel", [task_id, self._results_length, self._retention])
+        reply = await self._call("cancel", [task_id])
         verdict, state = (part.decode() for part in reply)
         if verdict == "unknown":
             raise TaskNotFound(f"no task {task_id!r}")
         return cast(Literal["ended", "cancelled", "requested"], verdict), state
 
+    async def tell(self, instance: str, operation: str, task_id: str, asked: str = "") -> None:
+        """Ask something of one instance; it may not hear. Raises QueueUnavailable."""
+        key = self.keys.control(instance)
+        fields: dict[Any, Any] = {"op": operation, "id": task_id, "asked": asked}
+        with sorted_errors():
+            async with self.redis.pipeline(transaction=False) as pipe:
+                pipe.xadd(key, fields, maxlen=CONTROL_LENGTH)
+                pipe.pexpire(key, CONTROL_MS)
+                await pipe.execute()
+
     async def queues(self) -> list[str]:
         """Names of the queues that instances have registered."""
-        with sorted_errors():
-            members = await cast(Awaitable[set[bytes]], self.redis.smembers(self.keys.of("meta:queues")))
+        members = await command(self.redis, "SMEMBERS", self.keys.of("meta:queues"))
         return sorted(member.decode() for member in members)
 
     async def pause(self, queue: str, *, paused: bool) -> None:
@@ -201,9 +230,7 @@ class Store:
         """
         if queue not in {DEFAULT_QUEUE, *await self.queues()}:
             raise UnknownQueue(f"no instance serves queue {queue!r}")
-        change = self.redis.sadd if paused else self.redis.srem
-        with sorted_errors():
-            await cast(Awaitable[int], change(self.keys.of("meta:paused"), queue))
+        await command(self.redis, "SADD" if paused else "SREM", self.keys.of("meta:paused"), queue)
 
     # --- instances --------------------------------------------------------------------
 
@@ -215,7 +242,6 @@ class Store:
         incarnation: str,
         lease: float,
         queues: Mapping[str, int],
-        max_bytes: int,
         daemon: str,
     ) -> list[Delivery]:
         """Take up to ``n`` tasks; ``lease`` in seconds, ``queues`` by weight.
@@ -224,7 +250,7 @@ class Store:
         Raises QueueUnavailable.
         """
         weights = [part for name, weight in queues.items() for part in (name, str(weight))]
-        args = [self.group, instance, incarnation, ms(lease), str(n), str(max_bytes), daemon, *weights]
+        args = [self.group, instance, incarnation, ms(lease), str(n), daemon, *weights]
         return [_delivery(raw) for raw in await self._call("take", args, tries=1)]
 
     async def place(self, delivery: Delivery, task: Task) -> tuple[Placed, str]:
@@ -238,12 +264,13 @@ class Store:
             ms(task.delay or 0),
             ms(task.not_before.timestamp() if task.not_before else 0),
             hashed_key(task.idempotency_key),
-            self._retention,
         ]
         verdict, task_id = await self._call("place", args)
         return cast(Placed, verdict.decode()), task_id.decode()
 
-    async def renew(self, task_id: str, owner: str, lease: float, fields: Mapping[str, str] | None = None) -> Held:
+    async def renew(
+        self, task_id: str, owner: str, lease: float, fields: Mapping[str, str] | None = None
+    ) -> Held:
         """Renew one lease for ``lease`` seconds and record ``fields``; see ``lua/renew.lua``."""
         return await self._renewals.call((task_id, owner, lease, fields or {}))
 
@@ -260,17 +287,24 @@ class Store:
         return await self._settlements.call(settlement)
 
     async def tick(
-        self, *, instance: str, info: str, lease: float, namespace: str, queues: Iterable[str]
+        self, *, instance: str, info: str, lease: float, namespace: str, limits: Limits, queues: Iterable[str]
     ) -> Tick:
         """Join (or with empty ``info`` leave), promote what is due, take over what lapsed."""
-        args = [instance, info, ms(lease), self.group, namespace, str(TICK_LIMIT), ms(lease * FORGET_LEASES), *queues]
+        args = [instance, info, ms(lease), self.group, namespace, str(TICK_LIMIT), ms(lease * FORGET_LEASES)]
+        args += [
+            ms(limits.retention),
+            str(limits.results_length),
+            str(limits.max_length),
+            str(limits.max_bytes),
+        ]
+        args += queues
         name, now, promoted, taken_over, next_due = await self._call("tick", args)
         return Tick(name.decode(), now, promoted, taken_over, int(next_due) if next_due else None)
 
     # --- scripts ----------------------------------------------------------------------
 
-    async def _run_enqueue(self, submissions: Sequence[Submission]) -> list[tuple[str, str]]:
-        args = [self._max_length]
+    async def _run_enqueue(self, submissions: Sequence[Submission]) -> list[tuple[str, str, int]]:
+        args: list[str] = []
         for s in submissions:
             args += [
                 s.task_id,
@@ -283,7 +317,8 @@ class Store:
                 s.traceparent,
                 s.tracestate,
             ]
-        return [(verdict.decode(), task_id.decode()) for verdict, task_id in await self._call("enqueue", args)]
+        replies = await self._call("enqueue", args)
+        return [(reply[0].decode(), reply[1].decode(), reply[2] if reply[2:] else 0) for reply in replies]
 
     async def _run_renew(self, items: Sequence[tuple[str, str, float, Mapping[str, str]]]) -> list[Held]:
         args = [ms(max(lease for _, _, lease, _ in items))]
@@ -293,7 +328,7 @@ class Store:
         return [cast(Held, answer.decode()) for answer in await self._call("renew", args)]
 
     async def _run_finish(self, settlements: Sequence[Settlement]) -> list[Literal["ok", "lost"]]:
-        args = [self._results_length, self._retention]
+        args: list[str] = []
         for s in settlements:
             o = s.outcome
             args += [
@@ -330,7 +365,9 @@ class Store:
 
     def _script(self, name: str) -> Callable[..., Awaitable[Any]]:
         if name not in self._scripts:
-            self._scripts[name] = cast(Callable[..., Awaitable[Any]], self.redis.register_script(source(name)))
+            self._scripts[name] = cast(
+                Callable[..., Awaitable[Any]], self.redis.register_script(source(name))
+            )
         return self._scripts[name]
 
 
@@ -342,7 +379,8 @@ def source(name: str) -> str:
 
 
 def _delivery(raw: list[Any]) -> Delivery:
-    (task_id, queue, owner, fence, attempt, document, source, oversize, parent, state, accepted, app, infra, cancel, fields) = raw
+    (task_id, queue, owner, fence, attempt, document, source_id, oversize, traceparent, tracestate) = raw[:10]
+    (accepted, app, infra, cancel, cause, daemon, fields) = raw[10:]
     pairs = None if fields == b"" else tuple(zip(fields[::2], fields[1::2], strict=True))
     return Delivery(
         task_id=task_id.decode(),
@@ -351,13 +389,15 @@ def _delivery(raw: list[Any]) -> Delivery:
         fence=int(fence),
         attempt=int(attempt),
         document=document,
-        source_id=source.decode(),
+        source_id=source_id.decode(),
         fields=pairs,
         oversize=int(oversize),
-        traceparent=parent.decode("ascii", "replace"),
-        tracestate=state.decode("ascii", "replace"),
+        traceparent=traceparent.decode("ascii", "replace"),
+        tracestate=tracestate.decode("ascii", "replace"),
         accepted_ms=int(accepted),
         app_failures=int(app or 0),
         infra_failures=int(infra or 0),
         cancelled=bool(cancel),
+        cause=cause.decode(),
+        daemon=daemon.decode(),
     )

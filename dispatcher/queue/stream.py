@@ -8,16 +8,15 @@ bell ring once for what is new; the reader looks for itself whenever it has free
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from random import uniform
-from typing import Any, cast
 
 import anyio
 import structlog
 
 from dispatcher.errors import QueueUnavailable
 from dispatcher.model import Delivery
-from dispatcher.queue.connection import BLOCK_TIMEOUT, connect, sorted_errors
+from dispatcher.queue.connection import connect, read_after
 from dispatcher.queue.store import Store
 
 log = structlog.get_logger(__name__)
@@ -29,8 +28,8 @@ POLL_SECONDS = 1.0
 RING_PAUSE = 0.05
 MAX_PAUSE = 5.0
 
-#: Called with the operation and the task id of a control message.
-OnControl = Callable[[str, str], None]
+#: Called with the operation, the task id and the asker's word of a control message.
+OnControl = Callable[[str, str, str], None]
 
 
 class StreamSource:
@@ -45,7 +44,6 @@ class StreamSource:
         incarnation: str,
         lease_seconds: float,
         queues: Mapping[str, int],
-        max_bytes: int,
         daemon: str,
         on_control: OnControl,
     ) -> None:
@@ -55,7 +53,6 @@ class StreamSource:
         self._incarnation = incarnation
         self._lease_seconds = lease_seconds
         self._queues = queues
-        self._max_bytes = max_bytes
         self._daemon = daemon
         self._on_control = on_control
         self._bell = anyio.Event()
@@ -72,7 +69,6 @@ class StreamSource:
             incarnation=self._incarnation,
             lease=self._lease_seconds,
             queues=self._queues,
-            max_bytes=self._max_bytes,
             daemon=self._daemon,
         )
 
@@ -95,40 +91,29 @@ class StreamSource:
         try:
             while True:
                 try:
-                    with sorted_errors():
-                        command = ["XREAD", "COUNT", 1, "BLOCK", int(BLOCK_TIMEOUT * 1000), "STREAMS"]
-                        reply = await cast(
-                            Awaitable[Any], redis.execute_command(*command, *cursors, *cursors.values())
-                        )
+                    heard = await read_after(redis, 1, cursors)
                 except QueueUnavailable as error:
                     log.warning("doorbell.disconnected", error=str(error))
                     await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter
                     pause = min(MAX_PAUSE, pause * 2)
                     continue
                 pause = 0.1
-                await self._heard(reply, cursors, control)
+                await self._heard(heard, cursors, control)
         finally:
             with anyio.CancelScope(shield=True):
                 await redis.aclose()
 
-    async def _heard(self, reply: Any, cursors: dict[str, str], control: str) -> None:
+    async def _heard(
+        self, heard: list[tuple[str, str, dict[bytes, bytes]]], cursors: dict[str, str], control: str
+    ) -> None:
         rang = False
-        pairs = reply.items() if isinstance(reply, dict) else reply or []
-        for key, entries in pairs:
-            for entry_id, fields in entries:
-                cursors[key.decode()] = entry_id.decode()
-                if key.decode() != control:
-                    rang = True
-                elif fields is not None:
-                    self._control(_pairs(fields))
+        for key, entry_id, fields in heard:
+            cursors[key] = entry_id
+            if key == control:
+                self._on_control(*(fields.get(name, b"").decode() for name in (b"op", b"id", b"asked")))
+            else:
+                rang = True
         if rang and self._bell.is_set():
             await anyio.sleep(RING_PAUSE)
         if rang:
             self.ring()
-
-    def _control(self, message: dict[bytes, bytes]) -> None:
-        self._on_control(message.get(b"op", b"").decode(), message.get(b"id", b"").decode())
-
-
-def _pairs(fields: Any) -> dict[bytes, bytes]:
-    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from dispatcher.queue.connection import BLOCK_TIMEOUT, connect, sorted_errors
+from dispatcher.queue.connection import command, connect, read_after, sorted_errors
 from dispatcher.queue.store import Keys, ms, source
 
 #: Seconds a follower's interest lasts; it is renewed while it reads.
@@ -18,14 +18,19 @@ INTEREST_SECONDS = 15.0
 LIVE_SECONDS = 60.0
 #: Pieces of live output that a slow follower may lag behind; a piece is at most 32 KiB.
 LIVE_LENGTH = 256
+#: Pieces of one read: 2 MiB at most.
+LIVE_READ = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The end of a task's output: the last ``len(data)`` of ``total`` bytes."""
+    """The end of an attempt's output: the last ``len(data)`` of ``total`` bytes."""
 
     data: bytes
     total: int
+    attempt: int
+    #: What its asker said, if somebody asked for it while the task ran.
+    asked: str = ""
 
     @property
     def dropped(self) -> int:
@@ -35,12 +40,12 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of live output that begins ``offset`` bytes into the output; or its end."""
+    """A piece of live output that begins ``offset`` bytes into an attempt's output."""
 
     entry_id: str
+    attempt: int
     offset: int
     data: bytes
-    end: bool
 
 
 class Tails:
@@ -68,37 +73,31 @@ class Tails:
 
     async def keep(self, task_id: str, tail: Tail) -> None:
         """Keep the output of an ended attempt. Raises QueueUnavailable."""
-        args = [task_id, tail.data, str(tail.total), ms(self._retention), str(self._total_limit)]
+        args: list[str | bytes] = [task_id, tail.data, str(tail.total), str(tail.attempt), tail.asked]
+        args += [ms(self._retention), str(self._total_limit)]
         with sorted_errors():
             await cast(Awaitable[Any], self._keep(keys=[self._keys.stream], args=args))
 
     async def get(self, task_id: str) -> Tail | None:
         """What was kept; None if nothing was. Raises QueueUnavailable."""
-        with sorted_errors():
-            data, total = await cast(
-                Awaitable[list[bytes | None]],
-                self._redis.hmget(self._keys.of(f"tail:{task_id}"), ["data", "total"]),
-            )
-        return None if data is None or total is None else Tail(data, int(total))
+        r = await command(self._redis, "HGETALL", self._keys.of(f"tail:{task_id}"))
+        return Tail(r[b"data"], int(r[b"total"]), int(r[b"attempt"]), r[b"asked"].decode()) if r else None
 
     # --- following --------------------------------------------------------------------
 
-    async def show_interest(self, task_id: str) -> bool:
-        """Say that somebody follows; returns whether nobody did before. Raises QueueUnavailable."""
-        key = self._keys.of(f"follow:{task_id}")
-        with sorted_errors():
-            before = await self._redis.set(key, "1", px=int(INTEREST_SECONDS * 1000), get=True)
-        return before is None
+    async def show_interest(self, task_id: str) -> None:
+        """Say that somebody follows. Raises QueueUnavailable."""
+        interest = int(INTEREST_SECONDS * 1000)
+        await command(self._redis, "SET", self._keys.of(f"follow:{task_id}"), "1", "PX", interest)
 
     async def wanted(self, task_id: str) -> bool:
         """Whether somebody follows. Raises QueueUnavailable."""
-        with sorted_errors():
-            return bool(await self._redis.exists(self._keys.of(f"follow:{task_id}")))
+        return bool(await command(self._redis, "EXISTS", self._keys.of(f"follow:{task_id}")))
 
-    async def publish(self, task_id: str, offset: int, data: bytes, *, end: bool = False) -> None:
+    async def publish(self, task_id: str, attempt: int, offset: int, data: bytes) -> None:
         """Pass a piece of output on to whoever follows. Raises QueueUnavailable."""
         key = self._live(task_id)
-        fields: dict[Any, Any] = {"offset": offset, "data": data, "end": int(end)}
+        fields: dict[Any, Any] = {"attempt": attempt, "offset": offset, "data": data}
         with sorted_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.xadd(key, fields, maxlen=LIVE_LENGTH)
@@ -107,27 +106,16 @@ class Tails:
 
     async def begin_live(self, task_id: str) -> None:
         """Drop live output of an earlier follower. Raises QueueUnavailable."""
-        with sorted_errors():
-            await self._redis.delete(self._live(task_id))
+        await command(self._redis, "DEL", self._live(task_id))
 
     async def live(self, task_id: str, after: str) -> AsyncIterator[Piece]:
         """Pieces after entry ``after`` ('0-0' for all); ends when BLOCK_TIMEOUT brings none.
 
         Raises QueueUnavailable.
         """
-        with sorted_errors():
-            reply = await cast(
-                Awaitable[Any],
-                self._redis.execute_command(
-                    "XREAD", "COUNT", 64, "BLOCK", int(BLOCK_TIMEOUT * 1000), "STREAMS", self._live(task_id), after
-                ),
-            )
-        for _, entries in reply.items() if isinstance(reply, dict) else reply or []:
-            for entry_id, raw in entries:
-                fields = raw if isinstance(raw, dict) else dict(zip(raw[::2], raw[1::2], strict=True))
-                yield Piece(
-                    entry_id.decode(), int(fields[b"offset"]), fields[b"data"], fields[b"end"] == b"1"
-                )
+        key = self._live(task_id)
+        for _, entry_id, fields in await read_after(self._redis, LIVE_READ, {key: after}):
+            yield Piece(entry_id, int(fields[b"attempt"]), int(fields[b"offset"]), fields[b"data"])
 
     def _live(self, task_id: str) -> str:
         return self._keys.of(f"live:{task_id}")

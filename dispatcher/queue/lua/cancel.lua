@@ -1,9 +1,8 @@
--- Cancels one task in whatever phase it is. ARGV: id, results_length, retention_ms.
+-- Cancels one task in whatever phase it is. ARGV: id.
 -- Returns {verdict, state}: unknown; ended (it had its end already); cancelled (it has it now);
 --   requested (its owner has been told, and stops it).
 
 local id = ARGV[1]
-local limits = { results = ARGV[2], retention = tonumber(ARGV[3]) }
 
 -- A plain entry that nobody has taken has no record yet: its id tells where it lies.
 local function record_of_entry()
@@ -56,5 +55,5 @@ end
 redis.call('ZREM', DUE, id)
 redis.call('ZREM', ready_of(r[3]), id)
 close(id, { state = 'cancelled', reason = '', message = 'cancelled before it started', exit_code = '',
-  started = '', finished = '' }, limits)
+  started = '', finished = '' })
 return { 'cancelled', 'cancelled' }

@@ -14,12 +14,31 @@ local PAUSED = BASE .. 'meta:paused'
 local ENDED = { succeeded = true, failed = true, cancelled = true }
 
 local function int(number)
-  return string.format('%.0f', number)
+  return string.format('%.0f', number + 0) -- adding zero turns -0 into 0
 end
 
 local function now_ms()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- RFC 3339 in UTC. Days to a civil date: H. Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+local function rfc3339(text)
+  if text == '' then
+    return ''
+  end
+  local ms = tonumber(text)
+  local z = math.floor(ms / 86400000) + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  local seconds = math.floor(ms / 1000) % 86400
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%03dZ', year, month, doy - math.floor((153 * mp + 2) / 5) + 1,
+    math.floor(seconds / 3600), math.floor(seconds / 60) % 60, seconds % 60, ms % 1000)
 end
 
 local function record_key(id)
@@ -88,9 +107,17 @@ local function disown(id, owner)
   redis.call('HSET', record_key(id), 'owner', '', 'settled', owner)
 end
 
+-- What instances told of the operator's settings, for whoever runs a script.
+local function limits()
+  local r = redis.call('HMGET', META, 'retention', 'results_length', 'max_length', 'max_bytes')
+  return { retention = tonumber(r[1] or 86400000), results_length = r[2] or '100000',
+    max_length = tonumber(r[3] or 0), max_bytes = tonumber(r[4] or 65536) }
+end
+
 -- The one place where a task ends: state, result, dead letter and expiry together.
--- `e` has state, reason, message, exit_code, started, finished; `limits` has results, retention, bytes.
-local function close(id, e, limits)
+-- `e` has state, reason, message, exit_code, started, finished and, as a boolean, dead.
+local function close(id, e)
+  local limit = limits()
   local key = record_key(id)
   local now = now_ms()
   local r = fields_of(id, 'queue', 'attempt', 'traceparent', 'source', 'key', 'doc', 'doc_size', 'doc_sha1')
@@ -100,12 +127,12 @@ local function close(id, e, limits)
   redis.call('HSET', key, 'state', e.state, 'reason', e.reason, 'message', e.message,
     'exit_code', e.exit_code, 'started', e.started, 'finished', e.finished)
   redis.call('ZREM', OPEN, id)
-  redis.call('XADD', BASE .. 'results', 'MAXLEN', '~', limits.results, '*', 'id', id, 'state', e.state,
+  redis.call('XADD', BASE .. 'results', 'MAXLEN', '~', limit.results_length, '*', 'id', id, 'state', e.state,
     'reason', e.reason, 'exit_code', e.exit_code, 'attempt', r[2], 'queue', r[1],
-    'started_at', e.started, 'finished_at', e.finished, 'traceparent', r[3])
+    'started_at', rfc3339(e.started), 'finished_at', rfc3339(e.finished), 'traceparent', r[3])
   if e.dead then
     local entry = { BASE .. 'dead', '*', 'id', id, 'reason', e.reason, 'message', e.message,
-      'queue', r[1], 'attempt', r[2], 'source_id', r[4], 'finished_at', e.finished, 'traceparent', r[3] }
+      'queue', r[1], 'attempt', r[2], 'source_id', r[4], 'finished_at', rfc3339(e.finished), 'traceparent', r[3] }
     if r[7] ~= '' then
       entry[#entry + 1] = 'task_bytes'
       entry[#entry + 1] = r[7]
@@ -119,9 +146,9 @@ local function close(id, e, limits)
   end
   local finished = BASE .. 'index:finished:' .. r[1]
   redis.call('ZADD', finished, int(now), id)
-  redis.call('ZREMRANGEBYSCORE', finished, '-inf', int(now - limits.retention))
-  redis.call('PEXPIRE', key, limits.retention)
+  redis.call('ZREMRANGEBYSCORE', finished, '-inf', int(now - limit.retention))
+  redis.call('PEXPIRE', key, int(limit.retention))
   if r[5] ~= '' then
-    redis.call('PEXPIRE', BASE .. 'key:' .. r[5], limits.retention)
+    redis.call('PEXPIRE', BASE .. 'key:' .. r[5], int(limit.retention))
   end
 end

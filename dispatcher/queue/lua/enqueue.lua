@@ -1,9 +1,9 @@
--- Accepts tasks. ARGV: max_length (0: none), then per task
+-- Accepts tasks. ARGV per task:
 --   id, digest, document, queue, delay_ms, not_before_ms, key, traceparent, tracestate.
--- Returns per task {verdict, id}: new; known (this task stands already); conflict (another
--- does); full; unknown_queue. Asking again with the same id is harmless.
+-- Returns per task {verdict, id, limit}: new; known (this task stands already); conflict (another
+-- does); full; too_large; unknown_queue. Asking again with the same id is harmless.
 
-local max_length = tonumber(ARGV[1])
+local limit = limits()
 local FIELDS = 9
 
 local function standing(id, digest)
@@ -32,8 +32,12 @@ local function accept(id, digest, document, queue, delay, not_before, key, trace
   if not registered(queue) then
     return { 'unknown_queue', id }
   end
-  if max_length > 0 and redis.call('XLEN', stream_of(queue)) + redis.call('ZCARD', DUE) >= max_length then
-    return { 'full', id }
+  if #document > limit.max_bytes then
+    return { 'too_large', id, limit.max_bytes }
+  end
+  local waiting = redis.call('XLEN', stream_of(queue)) + redis.call('ZCARD', DUE)
+  if limit.max_length > 0 and waiting >= limit.max_length then
+    return { 'full', id, limit.max_length }
   end
   local now = now_ms()
   redis.call('HSET', record_key(id), 'doc', document, 'digest', digest, 'queue', queue, 'accepted', int(now),
@@ -52,7 +56,7 @@ local function accept(id, digest, document, queue, delay, not_before, key, trace
 end
 
 local answers = {}
-for i = 2, #ARGV, FIELDS do
+for i = 1, #ARGV, FIELDS do
   answers[#answers + 1] = accept(unpack(ARGV, i, i + FIELDS - 1))
 end
 return answers

@@ -1,12 +1,11 @@
 -- Gives tasks up: state, result, dead letter or retry in one step. Under memory pressure this
--- frees more than it writes. ARGV: results_length, retention_ms, then per task
+-- frees more than it writes. ARGV per task:
 --   id, owner, action, state, reason, message, exit_code, started_ms, finished_ms, dead, delay_ms, budget.
 -- action: final; retry (a new attempt); release (the same attempt, which has no container yet);
 --   detach (the same attempt, whose container may be there: for an instance on its daemon).
 -- budget, for all but final: app, infra or none.
 -- Returns per task: ok; lost. A repeated call whose first reply was lost answers ok again.
 
-local limits = { results = ARGV[1], retention = tonumber(ARGV[2]) }
 local FIELDS = 12
 
 local function come_back(id, delay)
@@ -25,14 +24,14 @@ local function settle(id, owner, action, state, reason, message, exit_code, star
   disown(id, owner)
   if action == 'final' then
     close(id, { state = state, reason = reason, message = message, exit_code = exit_code,
-      started = started, finished = finished, dead = dead == '1' }, limits)
+      started = started, finished = finished, dead = dead == '1' })
     return 'ok'
   end
   if budget ~= 'none' then
     redis.call('HINCRBY', record_key(id), budget, 1)
   end
   if action ~= 'detach' then
-    redis.call('HDEL', record_key(id), 'daemon', 'container')
+    redis.call('HDEL', record_key(id), 'daemon', 'container', 'cause')
   end
   if action == 'retry' then
     redis.call('HINCRBY', record_key(id), 'attempt', 1)
@@ -45,7 +44,7 @@ end
 
 local answers = {}
 go_on_without_memory()
-for i = 3, #ARGV, FIELDS do
+for i = 1, #ARGV, FIELDS do
   answers[#answers + 1] = settle(unpack(ARGV, i, i + FIELDS - 1))
 end
 return answers

@@ -1,8 +1,8 @@
 -- Keeps the tail of one task's output, within a limit on all of them together.
--- ARGV: id, data, total bytes of the output, retention_ms, limit of bytes.
+-- ARGV: id, data, total bytes of the output, attempt, asked, retention_ms, limit of bytes.
 
-local id, data, total = ARGV[1], ARGV[2], ARGV[3]
-local retention, limit = tonumber(ARGV[4]), tonumber(ARGV[5])
+local id, data = ARGV[1], ARGV[2]
+local retention, limit = tonumber(ARGV[6]), tonumber(ARGV[7])
 local TIMES, SIZES = BASE .. 'index:tails', BASE .. 'meta:tails'
 local now = now_ms()
 
@@ -10,7 +10,7 @@ local function drop(other)
   local size = tonumber(redis.call('HGET', SIZES, other) or 0)
   redis.call('HDEL', SIZES, other)
   redis.call('ZREM', TIMES, other)
-  redis.call('HINCRBY', SIZES, '', -size)
+  redis.call('HINCRBY', SIZES, '', int(0 - size))
 end
 
 drop(id)
@@ -26,7 +26,8 @@ while tonumber(redis.call('HGET', SIZES, '') or 0) + #data > limit do
   drop(oldest)
   redis.call('HSET', BASE .. 'tail:' .. oldest, 'data', '')
 end
-redis.call('HSET', BASE .. 'tail:' .. id, 'data', data, 'total', total)
+redis.call('HSET', BASE .. 'tail:' .. id, 'data', data, 'total', ARGV[3],
+  'attempt', ARGV[4], 'asked', ARGV[5])
 redis.call('PEXPIRE', BASE .. 'tail:' .. id, int(retention))
 redis.call('ZADD', TIMES, int(now), id)
 redis.call('HSET', SIZES, id, int(#data))

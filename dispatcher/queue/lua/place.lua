@@ -1,12 +1,12 @@
 -- Gives a task that came in by a plain XADD the identity, queue and time it asked for.
 -- ARGV: held id, owner, wanted id ('' keeps the held one), digest, queue, delay_ms,
---   not_before_ms, key, retention_ms.
+--   not_before_ms, key.
 -- Returns {verdict, id}: held (go on under id); moved (it waits elsewhere now); known (the
 --   same task stands already, this one is dropped and its id points there); conflict,
 --   unknown_queue (nothing changed); lost.
 
 local held, owner, wanted, digest, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local delay, not_before, key, retention = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9]
+local delay, not_before, key = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 
 local r = fields_of(held, 'owner', 'queue', 'accepted')
 if r[1] ~= owner then
@@ -18,7 +18,7 @@ local function merge_into(id)
   redis.call('ZREM', OPEN, held)
   redis.call('DEL', record_key(held))
   redis.call('HSET', record_key(held), 'alias', id)
-  redis.call('PEXPIRE', record_key(held), retention)
+  redis.call('PEXPIRE', record_key(held), int(limits().retention))
   return { 'known', id }
 end
 

@@ -1,14 +1,15 @@
 -- Gives up to n tasks to one instance: read, acknowledged, deleted, recorded and leased in
 -- this one step, so that a task is always either waiting or in somebody's hands.
--- ARGV: group, instance, incarnation, lease_ms, n, max_bytes, daemon, then queue, weight, …
+-- ARGV: group, instance, incarnation, lease_ms, n, daemon, then queue, weight, …
 -- Order: the daemon's inbox; what came back (`ready`), oldest first; the streams by weight.
 -- Returns per task {id, queue, owner, fence, attempt, document, source, oversize, traceparent,
---   tracestate, accepted, app_failures, infra_failures, cancel, fields}; `fields` is the raw
---   entry of a task that nobody has validated yet, else ''.
+--   tracestate, accepted, app_failures, infra_failures, cancel, cause, daemon, fields}; `fields`
+--   is the raw entry of a task that nobody has validated yet, else ''.
 
 local group, instance, incarnation = ARGV[1], ARGV[2], ARGV[3]
-local lease, wanted, max_bytes, daemon = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
-local FIRST_QUEUE = 8
+local lease, wanted, daemon = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local FIRST_QUEUE = 7
+local max_bytes = limits().max_bytes
 local now = now_ms()
 local taken = {}
 go_on_without_memory()
@@ -24,9 +25,9 @@ end
 local function give(id, fields, oversize)
   local owner, fence = hold(id)
   local r = fields_of(id, 'queue', 'attempt', 'doc', 'source', 'traceparent', 'tracestate', 'accepted',
-    'app', 'infra', 'cancel')
+    'app', 'infra', 'cancel', 'cause', 'daemon')
   taken[#taken + 1] = { id, r[1], owner, fence, r[2], fields and '' or r[3], r[4], oversize or 0, r[5], r[6],
-    r[7], r[8], r[9], r[10], fields or '' }
+    r[7], r[8], r[9], r[10], r[11], r[12], fields or '' }
 end
 
 -- What came back. A record that ended or vanished meanwhile is skipped.

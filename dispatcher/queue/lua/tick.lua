@@ -1,12 +1,13 @@
 -- What any instance does for all, about once a second: joins (group, queues, heartbeat),
 -- promotes what is due, takes over what lapsed, forgets instances that are gone.
 -- ARGV: instance, info ('' leaves), lease_ms, group, namespace to use if there is none,
---   limit, forget_ms, then the queues this instance serves.
+--   limit, forget_ms, retention_ms, results_length, max_length, max_bytes, then the queues this
+--   instance serves.
 -- Returns {namespace, now, promoted, taken_over, next_due ('' if none)}.
 
 local instance, info, lease, group = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local limit, forget = tonumber(ARGV[6]), tonumber(ARGV[7])
-local FIRST_QUEUE = 8
+local FIRST_QUEUE = 12
 local INSTANCES = BASE .. 'meta:instances'
 local SEEN = BASE .. 'meta:seen'
 local now = now_ms()
@@ -81,6 +82,8 @@ else
     redis.call('SADD', QUEUES, ARGV[i])
     ensure_group(ARGV[i])
   end
+  redis.call('HSET', META, 'retention', ARGV[8], 'results_length', ARGV[9], 'max_length', ARGV[10],
+    'max_bytes', ARGV[11])
   redis.call('HSET', INSTANCES, instance, info)
   redis.call('ZADD', SEEN, int(now), instance)
 end

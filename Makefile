@@ -1,0 +1,61 @@
+# Needs Python 3.11 or newer (with its venv module) and make; all else is installed into .venv.
+# PYTHON chooses another interpreter, PYTEST_ARGS goes to pytest: make test PYTEST_ARGS="-k queue -x"
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+IMAGE ?= dispatcher
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo dev check format test test-redis-matrix image clean
+
+help: ## List what make can do here
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Make .venv with everything in it; done once, and again when pyproject.toml changes
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: venv ## Show what it does, on this machine, in a minute
+	$(BIN)/dispatcher demo
+
+dev: venv ## Run everything in one process, to work with
+	$(BIN)/dispatcher dev
+
+check: venv ## Format, lint, types, layers, dead code, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/vulture
+	$(BIN)/codespell
+	$(BIN)/yamllint --strict .
+
+format: venv ## Format, and mend what can be mended by itself
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: venv ## Run the tests; what can't run here is skipped and said so
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The queue's tests once against each server there is.
+test-redis-matrix: venv ## Run the queue's tests on Redis 6.2, 8, the system's and Valkey
+	@servers="$$($(BIN)/python -m tests.support.redis_servers)" || exit 1; \
+	printf '%s\n' "$$servers" | while read -r name server; do \
+		printf '\n--- %s: %s\n' "$$name" "$$server"; \
+		TEST_REDIS_SERVER="$$server" $(BIN)/pytest tests/queue $(PYTEST_ARGS) < /dev/null || exit 1; \
+	done
+
+image: ## Build the container image, named by IMAGE
+	docker build --file docker/Dockerfile --tag $(IMAGE) .
+
+clean: ## Delete all that was made here
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -type d -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,433 @@
+"""Containers on a Docker engine.
+
+The verbs read from top to bottom here. The engine's client and its threads are in
+``docker_client``; who waits for an end is woken by ``docker_watcher``; what a container
+looks like is in ``docker_spec``, what comes in pieces in ``docker_streams``, and what an
+error means in ``docker_errors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import anyio
+import structlog
+from anyio import from_thread
+from anyio.abc import TaskGroup, TaskStatus
+from docker import APIClient
+from docker.errors import APIError, NotFound, create_api_error_from_http_exception
+from requests import HTTPError
+
+from dispatcher.backends.base import Capabilities, Confirm, OnProgress
+from dispatcher.backends.docker_client import LAUNCH_TIMEOUT, Engine, StreamClient
+from dispatcher.backends.docker_errors import (
+    explanation,
+    is_conflict,
+    sort_create,
+    sort_pull,
+    sort_pull_message,
+    sort_start,
+)
+from dispatcher.backends.docker_spec import (
+    NAMESPACE_LABEL,
+    container_config,
+    created_handle_of,
+    engine_name,
+    exit_of,
+    handle_of,
+    has_ended,
+    needs_image_user,
+    pull_arguments,
+)
+from dispatcher.backends.docker_streams import OutputPipe, PullReader, log_frames
+from dispatcher.backends.docker_watcher import Watcher
+from dispatcher.errors import (
+    BackendError,
+    BackendUnreachable,
+    ContainerGone,
+    ForeignContainer,
+    ImageNotFound,
+    ImagePullFailed,
+)
+from dispatcher.model import Attempt, Exit, Handle, Health, Phase
+
+log = structlog.get_logger(__name__)
+
+#: Bytes of a container's log before it is rotated; one rotated file is kept beside it.
+LOG_MAX_BYTES = 10 * 1024 * 1024
+#: Requests to the engine at the same time, pulls and logs apart. An engine does most of a
+#: launch under locks of its own: more only queue up there, where nobody can cancel them.
+CONTROL_THREADS = 16
+#: Logs read at the same time; further readers wait for one of these to end.
+LOG_READERS = 64
+#: Seconds in which a registry must say whether it has an image, and an engine that it is there.
+OBTAINABLE_TIMEOUT = 15.0
+PROBE_TIMEOUT = 5.0
+#: Seconds after SIGKILL until a container counts as stuck.
+KILL_TIMEOUT = 30.0
+#: Seconds for tidying up behind a launch that is being cancelled.
+TIDY_TIMEOUT = 5.0
+#: How often a launch looks again at a name that changes hands under it, and the seconds
+#: between: in all some 6 s, more than the removal of a container takes.
+_LOOKS = 8
+_LOOK_INTERVAL = 0.05
+
+
+class DockerBackend:
+    """Runs attempts as containers of one Docker engine."""
+
+    name = "docker"
+    capabilities = Capabilities(pulls=True, isolated=True)
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None = None,
+        max_pulls: int,
+        log_max_bytes: int = LOG_MAX_BYTES,
+        control_threads: int = CONTROL_THREADS,
+        log_readers: int = LOG_READERS,
+    ) -> None:
+        """Contact nothing yet.
+
+        ``base_url``: the engine's address, such as ``unix:///var/run/docker.sock``; None for
+        what DOCKER_HOST and Docker's other variables say. ``max_pulls``: pulls at the same
+        time. ``log_max_bytes``: size at which a container's log is rotated, once.
+        """
+        self._engine = Engine(
+            base_url=base_url, max_pulls=max_pulls, control_threads=control_threads, log_readers=log_readers
+        )
+        self._watcher = Watcher(self._engine)
+        self._log_max_bytes = log_max_bytes
+        self._daemon = ""
+        #: Where readers of logs run; only while ``run`` does.
+        self._tasks: TaskGroup | None = None
+
+    # --- the engine ---------------------------------------------------------------------
+
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
+        """See ``Backend.run``."""
+        health = await self.probe()
+        if not health.ok:
+            raise BackendUnreachable(health.detail)
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                task_status.started()
+                await self._watcher.run()
+        finally:
+            self._tasks = None
+
+    async def probe(self) -> Health:
+        """See ``Backend.probe``."""
+        try:
+            info = await self._engine.call(APIClient.info, timeout=PROBE_TIMEOUT)
+        except BackendError as error:
+            return Health(ok=False, detail=str(error))
+        self._daemon = str(info["ID"])
+        version = str(info["ServerVersion"])
+        return Health(ok=True, daemon=self._daemon, version=version, detail=f"Docker {version}")
+
+    # --- images -------------------------------------------------------------------------
+
+    async def image_present(self, image: str) -> bool:
+        """See ``Backend.image_present``."""
+        try:
+            await self._engine.call(partial(APIClient.inspect_image, image=engine_name(image)))
+        except ImageNotFound:
+            return False
+        return True
+
+    async def image_obtainable(self, image: str) -> bool:
+        """See ``Backend.image_obtainable``."""
+        inspect = partial(APIClient.inspect_distribution, image=engine_name(image))
+        try:
+            await self._engine.call(inspect, timeout=OBTAINABLE_TIMEOUT, sort=sort_pull)
+        except BackendError:
+            return False
+        return True
+
+    async def prepare(self, image: str, on_progress: OnProgress) -> None:
+        """See ``Backend.prepare``. Each call of ``on_progress`` means that something moved."""
+        await self._engine.stream(
+            partial(_pull, image=image, on_progress=on_progress), limiter=self._engine.pulls, sort=sort_pull
+        )
+        # A stream that broke off between two lines looks like one that ended.
+        if not await self.image_present(image):
+            raise ImagePullFailed("the engine ended the pull without the image")
+
+    # --- launch -------------------------------------------------------------------------
+
+    async def launch(self, attempt: Attempt, confirm: Confirm) -> Handle:
+        """See ``Backend.launch``."""
+        image_user = await self._image_user(attempt) if needs_image_user(attempt) else ""
+        config = container_config(attempt, log_max_bytes=self._log_max_bytes, image_user=image_user)
+        for look in range(_LOOKS):
+            created = await self._create(attempt, config)
+            if created is not None:
+                return await self._start(created, confirm)
+            adopted = await self._adopt(attempt)
+            if adopted is not None:
+                await confirm(adopted)
+                return adopted
+            # Removed by us or by another, or about to be.
+            await anyio.sleep(_LOOK_INTERVAL * 2**look if look else 0)
+        raise BackendError(f"the name {attempt.name} kept changing hands")
+
+    async def _image_user(self, attempt: Attempt) -> str:
+        image = await self._engine.call(partial(APIClient.inspect_image, image=engine_name(attempt.image)))
+        return str((image.get("Config") or {}).get("User") or "")
+
+    async def _create(self, attempt: Attempt, config: dict[str, Any]) -> Handle | None:
+        """A container of our own; None if the name is taken.
+
+        May have created one also when it raises BackendUnreachable or is cancelled. That one
+        is never started, and the next launch of this attempt removes it.
+        """
+
+        def create(client: Any) -> str | None:
+            try:
+                made = client.create_container_from_config(config, attempt.name)
+            except APIError as error:
+                if is_conflict(error):
+                    return None
+                raise
+            return str(made["Id"])
+
+        container_id = await self._engine.call(create, timeout=LAUNCH_TIMEOUT, sort=sort_create)
+        if container_id is None:
+            return None
+        return Handle(
+            container_id=container_id,
+            name=attempt.name,
+            namespace=attempt.namespace,
+            task_id=attempt.task_id,
+            attempt=attempt.number,
+            daemon=self._daemon,
+            phase=Phase.CREATED,
+        )
+
+    async def _adopt(self, attempt: Attempt) -> Handle | None:
+        """What bears the attempt's name, if it was ever started; None if the name is free now."""
+        try:
+            found = await self._inspect(attempt.name)
+        except ContainerGone:
+            return None
+        handle = handle_of(found, self._daemon, adopted=True)
+        if (handle.namespace, handle.task_id, handle.attempt) != (
+            attempt.namespace,
+            attempt.task_id,
+            attempt.number,
+        ):
+            raise ForeignContainer(f"{attempt.name} is a container of another dispatcher or task")
+        if handle.phase is not Phase.CREATED:
+            return handle
+        # Its creator may be about to start it. Without force this is refused once it runs, and
+        # a start of what is removed is refused as well: exactly one of the two happens.
+        await self._discard(handle)
+        return None
+
+    async def _start(self, created: Handle, confirm: Confirm) -> Handle:
+        """Confirm and start what we created; it is removed again unless it ran."""
+        try:
+            await confirm(created)
+        except BaseException:
+            # Also when cancelled. Nobody starts what another created, so this can only be idle.
+            with anyio.move_on_after(TIDY_TIMEOUT, shield=True):
+                await self._discard_quietly(created)
+            raise
+        try:
+            # Not abandoned: once a launch has raised, nothing of it starts any more.
+            await self._engine.call(
+                partial(APIClient.start, container=created.container_id),
+                timeout=LAUNCH_TIMEOUT,
+                abandon=False,
+                sort=sort_start,
+            )
+        except ContainerGone:
+            raise
+        except BackendError as error:
+            # A refusal, or an answer that got lost: only the engine knows whether it ran.
+            started = await self._look_after_failed_start(created)
+            if started is None:
+                raise
+            log.info("docker.start_answer_lost", container_id=created.container_id, error=str(error))
+            return started
+        return handle_of(await self._inspect(created.container_id), self._daemon)
+
+    async def _look_after_failed_start(self, created: Handle) -> Handle | None:
+        """The container, if it was started nevertheless; else remove it."""
+        for _ in range(2):
+            try:
+                seen = handle_of(await self._inspect(created.container_id), self._daemon)
+            except ContainerGone:
+                return None
+            if seen.phase is not Phase.CREATED:
+                return seen
+            # The engine refuses to remove what a late start has set running: look again.
+            if await self._discard_quietly(created):
+                return None
+        return None
+
+    # --- the end ------------------------------------------------------------------------
+
+    async def wait(self, handle: Handle) -> Exit:
+        """See ``Backend.wait``."""
+        while True:
+            with self._watcher.watching(handle.container_id) as woken:
+                try:
+                    found = await self._inspect(handle.container_id)
+                except ContainerGone:
+                    raise
+                except BackendError as error:
+                    # The list taken after the engine is back wakes us again.
+                    log.info("docker.wait_unanswered", container_id=handle.container_id, error=str(error))
+                else:
+                    if has_ended(found):
+                        return exit_of(found)
+                await woken.wait()
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        """See ``Backend.stop``. Nothing is held while the grace passes."""
+        try:
+            if grace > 0:
+                await self._kill(handle, "SIGTERM")
+                with anyio.move_on_after(grace):
+                    await self.wait(handle)
+                    return
+            await self._kill(handle, "SIGKILL")
+            with anyio.fail_after(KILL_TIMEOUT):
+                await self.wait(handle)
+        except ContainerGone:
+            return
+        except TimeoutError:
+            raise BackendError(f"the container is still there {KILL_TIMEOUT:g} s after SIGKILL") from None
+
+    async def _kill(self, handle: Handle, signal: str) -> None:
+        def kill(client: APIClient) -> None:
+            try:
+                client.kill(handle.container_id, signal)
+            except APIError as error:
+                # It does not run (any more).
+                if not is_conflict(error):
+                    raise
+
+        await self._engine.call(kill)
+
+    async def remove(self, handle: Handle) -> None:
+        """See ``Backend.remove``."""
+        await self._discard(handle)
+
+    async def _discard(self, handle: Handle) -> bool:
+        """Remove without force. False if the engine refused, because it runs or goes already."""
+
+        def remove(client: APIClient) -> bool:
+            try:
+                client.remove_container(handle.container_id, v=True)
+            except NotFound:
+                return True
+            except APIError as error:
+                if not is_conflict(error):
+                    raise
+                log.info("docker.remove_refused", container_id=handle.container_id, answer=explanation(error))
+                return False
+            return True
+
+        return await self._engine.call(remove, timeout=LAUNCH_TIMEOUT)
+
+    async def _discard_quietly(self, handle: Handle) -> bool:
+        """As ``_discard``, where another error is already on its way."""
+        try:
+            return await self._discard(handle)
+        except BackendError as error:
+            log.warning("docker.left_behind", container_id=handle.container_id, error=str(error))
+            return False
+
+    # --- looking ------------------------------------------------------------------------
+
+    async def find(self, namespace: str) -> list[Handle]:
+        """See ``Backend.find``."""
+        handles = []
+        for listed in await self._engine.call(partial(_labelled, namespace=namespace)):
+            try:
+                # One that hangs in its start can't be inspected, and must not hide the others.
+                handle = created_handle_of(listed, self._daemon)
+                handles.append(handle or handle_of(await self._inspect(listed["Id"]), self._daemon))
+            except ContainerGone:
+                continue
+            except ForeignContainer:
+                # Somebody else's use of our label; nothing of ours lacks the others.
+                log.warning("docker.labels_incomplete", container_id=listed["Id"])
+        return handles
+
+    async def _inspect(self, name_or_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = await self._engine.call(
+            partial(APIClient.inspect_container, container=name_or_id)
+        )
+        return found
+
+    async def logs(self, handle: Handle, *, follow: bool) -> AsyncIterator[bytes]:
+        """See ``Backend.logs``. Waits while LOG_READERS others are being read."""
+        if self._tasks is None:
+            raise RuntimeError("logs are read while the backend runs")
+        pipe = OutputPipe()
+        self._tasks.start_soon(self._read_logs, handle, follow, pipe, name=f"logs {handle.name}")
+        try:
+            async with aclosing(pipe.pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            pipe.reader.cancel()
+
+    async def _read_logs(self, handle: Handle, follow: bool, pipe: OutputPipe) -> None:
+        # Stands unless the reading comes to an end: the backend is being shut down.
+        error: BackendError | None = BackendUnreachable("the backend has ended")
+        try:
+            with pipe.reader:
+                await self._engine.stream(
+                    partial(_read_log, container_id=handle.container_id, follow=follow, pipe=pipe),
+                    limiter=self._engine.log_readers,
+                )
+                error = None
+        except BackendError as failed:
+            error = failed
+        finally:
+            pipe.end(error)
+
+
+def _labelled(client: APIClient, namespace: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.containers(
+        all=True, filters={"label": f"{NAMESPACE_LABEL}={namespace}"}
+    )
+    return found
+
+
+def _pull(client: StreamClient, image: str, on_progress: OnProgress) -> None:
+    """In a thread: pull, and raise also what the engine only says inside the stream."""
+    repository, tag_or_digest = pull_arguments(image)
+    reader = PullReader(image)
+    for line in client.pull(repository, tag=tag_or_digest, stream=True, decode=True):
+        if error := line.get("error"):
+            raise sort_pull_message(str(error))
+        if progress := reader.read(line):
+            from_thread.run_sync(on_progress, progress)
+
+
+def _read_log(client: StreamClient, container_id: str, follow: bool, pipe: OutputPipe) -> None:
+    """In a thread: read a log to its end.
+
+    Not by the library's ``logs``, which takes a broken stream for one that ended.
+    """
+    answer = client.get(
+        f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs",
+        params={"stdout": 1, "stderr": 1, "follow": int(follow)},
+        stream=True,
+    )
+    try:
+        answer.raise_for_status()
+    except HTTPError as error:
+        create_api_error_from_http_exception(error)
+    for piece in log_frames(answer.raw):
+        pipe.put(piece)

@@ -1,0 +1,1 @@
+"""What happens to a delivery, from admission to its recorded end."""

@@ -1,0 +1,87 @@
+"""What an attempt's end means: an answer, another attempt, or a dead letter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import uniform
+
+from dispatcher.errors import BackendError, BackendUnreachable, NoCapacity
+from dispatcher.model import Backoff, Delivery, Exit, Outcome, Reason, State, Task
+from dispatcher.queue.store import Action, Budget
+
+#: Pauses between attempts that infrastructure failures cost, in seconds.
+INFRA_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=True)
+#: Seconds before a task is tried again that the backend has no room for.
+NO_CAPACITY_DELAY = 2.0
+TIMEOUT = "timeout"
+CANCEL = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to do with a delivery now. ``delay`` in seconds."""
+
+    action: Action
+    outcome: Outcome
+    delay: float = 0.0
+    budget: Budget = "none"
+
+
+def of_exit(ended: Exit, cause: str, timeout: float) -> Outcome:
+    """The outcome of a container that ended; ``cause`` is why it was stopped, or ''."""
+    state, reason, message = State.SUCCEEDED, None, ""
+    if cause == CANCEL:
+        state, message = State.CANCELLED, "cancelled while it ran"
+    elif cause == TIMEOUT and ended.finished_at - ended.started_at >= timeout:
+        state, reason, message = State.FAILED, Reason.TIMEOUT, f"ran for more than {timeout:g} s"
+    elif ended.exit_code != 0 and ended.oom:
+        state, reason, message = State.FAILED, Reason.OOM, "killed: it used more memory than its limit"
+    elif ended.exit_code != 0:
+        state, reason, message = State.FAILED, Reason.EXIT, f"exit code {ended.exit_code}"
+    return Outcome(state, reason, message, ended.exit_code, ended.started_at, ended.finished_at)
+
+
+def of_error(error: BackendError) -> Outcome:
+    """The outcome of an attempt that the backend could not carry out."""
+    return Outcome(State.FAILED, error.reason, str(error))
+
+
+def judge(outcome: Outcome, task: Task, delivery: Delivery, *, infra_max_attempts: int) -> Verdict:
+    """Whether an ended attempt is the task's end or is followed by another."""
+    reason = outcome.reason
+    if reason is None:
+        return Verdict("final", outcome)
+    if reason.infrastructure:
+        spent = delivery.infra_failures + 1
+        if spent < infra_max_attempts:
+            return Verdict("retry", outcome, pause(INFRA_BACKOFF, spent), "infra")
+    elif reason in task.retry_on:
+        spent = delivery.app_failures + 1
+        if spent < task.max_attempts:
+            return Verdict("retry", outcome, pause(task.backoff, spent), "app")
+    return Verdict("final", outcome)
+
+
+def judge_error(error: BackendError, task: Task, delivery: Delivery, *, infra_max_attempts: int) -> Verdict:
+    """What follows when the backend could not carry an attempt out."""
+    outcome = of_error(error)
+    if isinstance(error, NoCapacity):
+        return Verdict("release", outcome, uniform(NO_CAPACITY_DELAY / 2, NO_CAPACITY_DELAY))  # noqa: S311 - jitter
+    verdict = judge(outcome, task, delivery, infra_max_attempts=infra_max_attempts)
+    if isinstance(error, BackendUnreachable) and verdict.action == "retry":
+        # Whether the container was made nobody knows: the same attempt finds out, on the same daemon.
+        return Verdict("detach", outcome, verdict.delay, verdict.budget)
+    return verdict
+
+
+def pause(backoff: Backoff, failures: int) -> float:
+    """Seconds before the next attempt after ``failures`` failures (from 1).
+
+    Jitter is "equal": half of the pause is kept and half is drawn
+    (M. Brooker, "Exponential Backoff And Jitter", 2015).
+    """
+    try:
+        full = min(backoff.max, backoff.initial * backoff.factor ** (failures - 1))
+    except OverflowError:
+        full = backoff.max
+    return uniform(full / 2, full) if backoff.jitter else full  # noqa: S311 - jitter

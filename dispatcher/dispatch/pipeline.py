@@ -1,0 +1,281 @@
+"""One delivery from top to bottom. Only this file knows the order.
+
+    admission → images → backend.launch → backend.wait → outcome → lease.give_up
+
+A delivery begins with a consumer's slot. While its image is pulled it holds none. Whatever
+happens it ends by giving its lease up with a verdict, or by having lost it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from random import uniform
+
+import anyio
+import structlog
+
+from dispatcher.backends.base import Backend
+from dispatcher.dispatch.admission import Admission, Admitted
+from dispatcher.dispatch.images import ImageGovernor
+from dispatcher.dispatch.logs import Logs
+from dispatcher.dispatch.outcome import CANCEL, TIMEOUT, Verdict, judge, judge_error, of_exit
+from dispatcher.dispatch.slots import Slot, Slots
+from dispatcher.errors import BackendError, ImageNotFound, LeaseLost, QueueUnavailable, TaskRefused
+from dispatcher.model import Attempt, Delivery, Exit, Handle, Outcome, State
+from dispatcher.policy import Policy
+from dispatcher.queue.leases import Lease, LeaseKeeper, Wish
+from dispatcher.telemetry import Telemetry, valid_traceparent
+
+log = structlog.get_logger(__name__)
+
+#: Seconds in which a task whose image has come must find a consumer, or it goes to others.
+CONSUMER_WAIT = 1.0
+#: Seconds a task is sent away for when too many wait for images here.
+FULL_DELAY = 2.0
+#: Starts at the same time. Past twice the cores throughput gains nothing and each start takes
+#: longer: on two cores 165 ms at one, 334 at four, 2,667 at thirty-two.
+START_GATE = 2 * (os.cpu_count() or 1)
+#: Seconds a removal of an ended container may take before it is left to a later clean-up.
+REMOVE_TIMEOUT = 30.0
+
+_NOTHING = Outcome(State.QUEUED)
+
+
+class GaveUp(Exception):
+    """Inside the pipeline: the delivery ends here with this verdict."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        super().__init__(verdict.action)
+
+
+class Pipeline:
+    """Runs deliveries."""
+
+    def __init__(
+        self,
+        *,
+        backend: Backend,
+        daemon: str,
+        namespace: str,
+        instance: str,
+        keeper: LeaseKeeper,
+        slots: Slots,
+        admission: Admission,
+        images: ImageGovernor,
+        logs: Logs,
+        policy: Policy,
+        telemetry: Telemetry,
+        max_waiting_pulls: int,
+        infra_max_attempts: int,
+    ) -> None:
+        self._backend = backend
+        self._daemon = daemon
+        self._namespace = namespace
+        self._instance = instance
+        self._keeper = keeper
+        self._slots = slots
+        self._admission = admission
+        self._images = images
+        self._logs = logs
+        self._policy = policy
+        self._telemetry = telemetry
+        self._max_waiting_pulls = max_waiting_pulls
+        self._infra_max_attempts = infra_max_attempts
+        self._gate = anyio.Semaphore(START_GATE)
+
+    async def run(self, delivery: Delivery) -> None:
+        """Bring one delivery to its end. The caller has reserved a slot for it.
+
+        Raises nothing but cancellation: what goes wrong becomes the task's verdict.
+        """
+        slot = Slot(self._slots)
+        lease = self._keeper.hold(delivery)
+        self._telemetry.queue_wait.record(
+            max(0.0, time.time() - delivery.accepted_ms / 1000), {"queue": delivery.queue}
+        )
+        try:
+            with lease.scope:
+                try:
+                    await self._journey(delivery, lease, slot)
+                except QueueUnavailable as error:
+                    # Nothing was started without Redis' word, so the lease may lapse or be given back.
+                    log.warning("task.redis_away", task_id=lease.task_id, error=str(error))
+                    await self._give_up(
+                        delivery, lease, Verdict("detach" if delivery.daemon else "release", _NOTHING)
+                    )
+        except LeaseLost:
+            log.warning("task.lost_to_another", task_id=lease.task_id, attempt=delivery.attempt)
+        except Exception:
+            # A mistake of ours: the lease lapses, another instance tries, the log has the trace.
+            log.exception("task.pipeline_failed", task_id=lease.task_id, attempt=delivery.attempt)
+        finally:
+            self._keeper.forget(lease)
+            self._logs.ended(lease.task_id)
+            slot.release()
+
+    async def _journey(self, delivery: Delivery, lease: Lease, slot: Slot) -> None:
+        handle: Handle | None = None
+        try:
+            admitted = await self._admission.admit(delivery, lease)
+            if admitted is None:
+                return
+        except TaskRefused as refusal:
+            outcome = Outcome(State.FAILED, refusal.reason, str(refusal))
+            await self._give_up(delivery, lease, Verdict("final", outcome))
+            return
+        try:
+            handle = await self._launched(delivery, lease, admitted, slot)
+            outcome = await self._ended(delivery, lease, admitted, handle)
+            await self._logs.collect(handle)
+            verdict = judge(outcome, admitted.task, delivery, infra_max_attempts=self._infra_max_attempts)
+        except GaveUp as gave_up:
+            verdict = gave_up.verdict
+        except BackendError as error:
+            log.warning(
+                "task.backend_error", task_id=lease.task_id, kind=type(error).__name__, error=str(error)
+            )
+            verdict = judge_error(error, admitted.task, delivery, infra_max_attempts=self._infra_max_attempts)
+        await self._give_up(delivery, lease, verdict)
+        if handle is not None and verdict.action in {"final", "retry"}:
+            await self._remove(handle)
+
+    # --- to a running container ---------------------------------------------------------
+
+    async def _launched(self, delivery: Delivery, lease: Lease, admitted: Admitted, slot: Slot) -> Handle:
+        """The attempt's container, running or ended; pulls its image if need be."""
+        self._heed(lease, delivery)
+        # A container that is there already needs no image, nor what a registry would say now.
+        if not delivery.daemon:
+            await self._image(lease, delivery, admitted, slot)
+        try:
+            return await self._launch(delivery, lease, admitted)
+        except ImageNotFound:
+            # It was there a moment ago, or for an earlier owner: somebody removed it.
+            if not self._backend.capabilities.pulls or admitted.task.pull_policy == "never":
+                raise
+            await self._image(lease, delivery, admitted, slot)
+            return await self._launch(delivery, lease, admitted)
+
+    async def _image(self, lease: Lease, delivery: Delivery, admitted: Admitted, slot: Slot) -> None:
+        if not await self._images.needs_pull(admitted.task):
+            return
+        if self._images.waiting >= self._max_waiting_pulls:
+            delay = uniform(FULL_DELAY / 2, FULL_DELAY)  # noqa: S311 - jitter, not a secret
+            raise GaveUp(Verdict("release", _NOTHING, delay))
+        slot.release()
+        await lease.mark(State.PULLING)
+        with lease.interruptible():
+            await self._images.pull(admitted.task)
+        self._heed(lease, delivery)
+        if not await slot.regain(CONSUMER_WAIT):
+            raise GaveUp(Verdict("release", _NOTHING))
+
+    async def _launch(self, delivery: Delivery, lease: Lease, admitted: Admitted) -> Handle:
+        attempt = self._attempt(delivery, lease, admitted)
+
+        async def confirm(handle: Handle) -> None:
+            await lease.mark(State.STARTING, {"container": handle.container_id})
+
+        async with self._gate:
+            self._heed(lease, delivery)
+            await lease.mark(State.STARTING, {"daemon": self._daemon})
+            began = time.monotonic()
+            handle = await self._backend.launch(attempt, confirm)
+        self._telemetry.launch.record(time.monotonic() - began, {"queue": delivery.queue})
+        if handle.adopted:
+            self._telemetry.adoptions.add(1)
+            log.info("task.adopted", task_id=lease.task_id, attempt=delivery.attempt, phase=handle.phase)
+        return handle
+
+    def _heed(self, lease: Lease, delivery: Delivery) -> None:
+        """End here if that is wished, as long as there is no container to care for."""
+        if lease.wish is Wish.DETACH:
+            raise GaveUp(Verdict("detach" if delivery.daemon else "release", _NOTHING))
+        if lease.wish is Wish.CANCEL and not delivery.daemon:
+            raise GaveUp(Verdict("final", Outcome(State.CANCELLED, message="cancelled before it started")))
+
+    def _attempt(self, delivery: Delivery, lease: Lease, admitted: Admitted) -> Attempt:
+        task, grant = admitted.task, admitted.grant
+        env = {
+            **task.env,
+            "DISPATCHER_TASK_ID": lease.task_id,
+            "DISPATCHER_ATTEMPT": str(delivery.attempt),
+            "DISPATCHER_FENCE": str(delivery.fence),
+        }
+        if traceparent := valid_traceparent(delivery.traceparent):
+            env["TRACEPARENT"] = traceparent
+        return Attempt(
+            namespace=self._namespace,
+            task_id=lease.task_id,
+            number=delivery.attempt,
+            fence=delivery.fence,
+            instance=self._instance,
+            image=task.image,
+            entrypoint=None if task.entrypoint is None else tuple(task.entrypoint),
+            command=None if task.command is None else tuple(task.command),
+            env=env,
+            workdir=task.workdir,
+            user=task.user,
+            cpus=grant.cpus,
+            memory=grant.memory,
+            pids=grant.pids,
+            network=grant.network,
+            labels=dict(task.labels),
+            security_profile=self._policy.security_profile,
+        )
+
+    # --- from there to its end ----------------------------------------------------------
+
+    async def _ended(self, delivery: Delivery, lease: Lease, admitted: Admitted, handle: Handle) -> Outcome:
+        """Wait for the container's end, or bring it about when time or patience is over."""
+        started = time.time() if handle.started_at is None else handle.started_at
+        await lease.mark(State.RUNNING, {"started": str(round(started * 1000))})
+        self._logs.running(handle)
+        timeout, cause = admitted.grant.timeout, delivery.cause
+        ended: Exit | None = None
+        if not cause:
+            with lease.interruptible(), anyio.move_on_after(max(0.0, started + timeout - time.time())):
+                ended = await self._backend.wait(handle)
+        if ended is None:
+            if not cause and lease.wish is Wish.DETACH:
+                raise GaveUp(Verdict("detach", _NOTHING))
+            cause = cause or (CANCEL if lease.wish is Wish.CANCEL else TIMEOUT)
+            # The cause is recorded before the signal: whoever collects the exit must know it.
+            await lease.mark(State.RUNNING, {"cause": cause})
+            log.info("task.stopping", task_id=lease.task_id, cause=cause)
+            await self._backend.stop(handle, admitted.task.grace_period)
+            ended = await self._backend.wait(handle)
+        self._telemetry.run.record(max(0.0, ended.finished_at - ended.started_at), {"queue": delivery.queue})
+        return of_exit(ended, cause, timeout)
+
+    async def _give_up(self, delivery: Delivery, lease: Lease, verdict: Verdict) -> None:
+        await lease.give_up(verdict.action, verdict.outcome, delay=verdict.delay, budget=verdict.budget)
+        outcome = verdict.outcome
+        fields = {"task_id": lease.task_id, "attempt": delivery.attempt, "queue": delivery.queue}
+        if verdict.action == "final":
+            labels = {
+                "queue": delivery.queue,
+                "state": str(outcome.state),
+                "reason": str(outcome.reason or ""),
+            }
+            self._telemetry.finished.add(1, labels)
+            log.info(
+                "task.finished",
+                state=outcome.state,
+                reason=outcome.reason,
+                exit_code=outcome.exit_code,
+                **fields,
+            )
+        elif verdict.action == "retry":
+            log.info("task.retry_scheduled", reason=outcome.reason, delay=round(verdict.delay, 3), **fields)
+        else:
+            log.info("task.given_back", action=verdict.action, delay=round(verdict.delay, 3), **fields)
+
+    async def _remove(self, handle: Handle) -> None:
+        try:
+            with anyio.fail_after(REMOVE_TIMEOUT):
+                await self._backend.remove(handle)
+        except (BackendError, TimeoutError) as error:
+            log.warning("container.not_removed", container_id=handle.container_id, error=str(error))

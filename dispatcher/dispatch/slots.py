@@ -1,0 +1,77 @@
+"""The consumers of one instance: NUM_CONSUMERS slots, each held by the task it runs."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import anyio
+
+
+class Slots:
+    """Counts free consumers. Tasks whose image has arrived come before the reader."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._free = capacity
+        self._returning: deque[anyio.Event] = deque()
+        self._changed = anyio.Event()
+
+    @property
+    def used(self) -> int:
+        """Slots held now."""
+        return self.capacity - self._free
+
+    async def reserve(self) -> int:
+        """Wait until at least one slot is free and nobody returns to one; reserve all that are."""
+        while not self._free:
+            self._changed = anyio.Event()
+            await self._changed.wait()
+        reserved, self._free = self._free, 0
+        return reserved
+
+    def release(self, n: int = 1) -> None:
+        """Give ``n`` slots back; those who return are served first."""
+        while n and self._returning:
+            self._returning.popleft().set()
+            n -= 1
+        self._free += n
+        if self._free:
+            self._changed.set()
+
+    async def return_within(self, seconds: float) -> bool:
+        """Take one slot ahead of the reader; False if none was free for ``seconds``."""
+        if self._free:
+            self._free -= 1
+            return True
+        mine = anyio.Event()
+        self._returning.append(mine)
+        try:
+            with anyio.move_on_after(seconds):
+                await mine.wait()
+        except BaseException:
+            if mine.is_set():
+                self.release()
+            raise
+        finally:
+            if not mine.is_set():
+                self._returning.remove(mine)
+        return mine.is_set()
+
+
+class Slot:
+    """One delivery's hold on a slot: begins held, may be let go of and taken again."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self.held = True
+
+    def release(self) -> None:
+        """Let go; nothing if it is not held."""
+        if self.held:
+            self.held = False
+            self._slots.release()
+
+    async def regain(self, seconds: float) -> bool:
+        """Take a slot again within ``seconds``; whether that succeeded."""
+        self.held = await self._slots.return_within(seconds)
+        return self.held

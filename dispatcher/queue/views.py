@@ -1,0 +1,287 @@
+"""What can be seen of the queue from outside. Nothing here writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from dispatcher.errors import TaskNotFound
+from dispatcher.model import DEFAULT_QUEUE, Reason, State
+from dispatcher.queue.connection import command, sorted_errors
+from dispatcher.queue.store import Store
+
+#: Records read in one round trip.
+PAGE = 200
+#: Records looked at for one listing, so that a filter that fits nothing has an end.
+MAX_LOOKED_AT = 20_000
+_ENTRY_ID = re.compile(r"([a-z0-9-]{1,24})\.(\d+-\d+)")
+_FIELDS = (
+    "state", "queue", "attempt", "reason", "message", "exit_code", "accepted", "started", "finished",
+    "due", "owner", "container", "daemon", "traceparent", "cancel", "alias", "takeovers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStatus:
+    """What is known of one task. Times are aware datetimes."""
+
+    id: str
+    state: State
+    queue: str
+    attempt: int = 1
+    reason: Reason | None = None
+    message: str = ""
+    exit_code: int | None = None
+    accepted_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    not_before: datetime | None = None
+    #: The instance that holds it; '' if none does.
+    instance: str = ""
+    container_id: str = ""
+    daemon: str = ""
+    traceparent: str = ""
+    cancel_requested: bool = False
+    takeovers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueInfo:
+    """One queue. ``depth`` is what waits: in the stream and what came back."""
+
+    name: str
+    depth: int
+    in_flight: int
+    #: Seconds the task that waits longest has waited; None if none waits.
+    oldest_seconds: float | None
+    finished_last_minute: int
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """One instance, as it told last."""
+
+    id: str
+    #: Seconds since its last sign of life.
+    seen_seconds: float
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One entry of the dead-letter stream."""
+
+    entry_id: str
+    id: str
+    reason: str
+    message: str
+    queue: str
+    attempt: int
+    source_id: str
+    finished_at: str
+    #: The original bytes; None if they were too large to keep.
+    task: bytes | None
+    task_bytes: int
+    task_sha1: str = ""
+
+
+class Views:
+    """Reads tasks, queues, instances and dead letters. Every call may raise QueueUnavailable."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._redis = store.redis
+        self._keys = store.keys
+
+    async def task(self, task_id: str) -> TaskStatus:
+        """Raises TaskNotFound."""
+        found = (await self.by_ids([task_id]))[0]
+        if found is None:
+            found = await self._waiting_entry(task_id)
+        if found is None:
+            raise TaskNotFound(f"no task {task_id!r}")
+        return found
+
+    async def by_ids(self, task_ids: Sequence[str]) -> list[TaskStatus | None]:
+        """Many at once, in order; None for those without a record."""
+        found: list[TaskStatus | None] = []
+        for start in range(0, len(task_ids), PAGE):
+            part = task_ids[start : start + PAGE]
+            with sorted_errors():
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for task_id in part:
+                        pipe.hmget(self._keys.record(task_id), _FIELDS)
+                    rows = await pipe.execute()
+            for task_id, row in zip(part, rows, strict=True):
+                r = {
+                    name: (value or b"").decode("utf-8", "replace")
+                    for name, value in zip(_FIELDS, row, strict=True)
+                }
+                if r["alias"]:
+                    found += await self.by_ids([r["alias"]])
+                else:
+                    found.append(_status(task_id, r) if r["state"] else None)
+        return found
+
+    async def tasks(
+        self, *, state: State | None = None, queue: str | None = None, limit: int = 100
+    ) -> list[TaskStatus]:
+        """The newest tasks first: those without an end, then those that ended."""
+        found: list[TaskStatus] = []
+        if state is None or state is State.QUEUED:
+            found += await self._waiting_entries(queue, limit)
+        for index in await self._indexes(state, queue):
+            start = 0
+            while len(found) < limit and start < MAX_LOOKED_AT:
+                ids = await command(self._redis, "ZREVRANGE", index, start, start + PAGE - 1)
+                for status in await self.by_ids([task_id.decode() for task_id in ids]):
+                    wanted = status and (state in {None, status.state}) and (queue in {None, status.queue})
+                    if status and wanted:
+                        found.append(status)
+                start += PAGE
+                if len(ids) < PAGE:
+                    break
+        return found[:limit]
+
+    async def queues(self) -> list[QueueInfo]:
+        """Every registered queue."""
+        names = sorted({DEFAULT_QUEUE, *await self._store.queues()})
+        now = await self._now_ms()
+        paused = await command(self._redis, "SMEMBERS", self._keys.of("meta:paused"))
+        with sorted_errors():
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.xlen(self._keys.queue(name))
+                    pipe.xrange(self._keys.queue(name), count=1)
+                    pipe.zcard(self._keys.of(f"ready:{name}"))
+                    pipe.zrange(self._keys.of(f"ready:{name}"), 0, 0, withscores=True)
+                    pipe.zcount(self._keys.of(f"index:finished:{name}"), now - 60_000, "+inf")
+                rows = await pipe.execute()
+        held = [
+            i.decode() for i in await command(self._redis, "ZRANGE", self._keys.of("index:leases"), 0, -1)
+        ]
+        in_flight = [status.queue for status in await self.by_ids(held) if status]
+        found = []
+        for i, name in enumerate(names):
+            length, first, ready, head, finished = rows[i * 5 : i * 5 + 5]
+            since = [int(first[0][0].split(b"-")[0])] if first else []
+            since += [int(score) for _, score in head]
+            found.append(
+                QueueInfo(
+                    name=name,
+                    depth=length + ready,
+                    in_flight=in_flight.count(name),
+                    oldest_seconds=max(0.0, (now - min(since)) / 1000) if since else None,
+                    finished_last_minute=finished,
+                    paused=name.encode() in paused,
+                )
+            )
+        return found
+
+    async def instances(self) -> list[InstanceInfo]:
+        """Every instance that has shown a sign of life lately."""
+        now = await self._now_ms()
+        infos = await command(self._redis, "HGETALL", self._keys.of("meta:instances"))
+        flat = await command(self._redis, "ZRANGE", self._keys.of("meta:seen"), 0, -1, "WITHSCORES")
+        seen = {name: float(score) for name, score in zip(flat[::2], flat[1::2], strict=True)}
+        return sorted(
+            (
+                InstanceInfo(name.decode(), max(0.0, (now - seen.get(name, 0.0)) / 1000), json.loads(info))
+                for name, info in infos.items()
+            ),
+            key=lambda instance: instance.id,
+        )
+
+    async def dead(self, *, limit: int = 100) -> list[DeadLetter]:
+        """The newest dead letters first."""
+        entries = await command(self._redis, "XREVRANGE", self._keys.of("dead"), "+", "-", "COUNT", limit)
+        return [_dead_letter(entry_id.decode(), fields) for entry_id, fields in entries]
+
+    async def _now_ms(self) -> int:
+        seconds, micros = await command(self._redis, "TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    # --- entries nobody has taken -------------------------------------------------------
+
+    async def _waiting_entry(self, task_id: str) -> TaskStatus | None:
+        match = _ENTRY_ID.fullmatch(task_id)
+        if not match:
+            return None
+        found = await command(self._redis, "XRANGE", self._keys.queue(match[1]), match[2], match[2])
+        return _waiting(match[1], match[2]) if found else None
+
+    async def _waiting_entries(self, queue: str | None, limit: int) -> list[TaskStatus]:
+        """Plain entries: those a client submitted have a record and come with the others."""
+        names = [queue] if queue else sorted({DEFAULT_QUEUE, *await self._store.queues()})
+        found: list[TaskStatus] = []
+        for name in names:
+            entries = await command(
+                self._redis, "XREVRANGE", self._keys.queue(name), "+", "-", "COUNT", limit
+            )
+            found += [_waiting(name, entry.decode()) for entry, fields in entries if b"ref" not in fields]
+        return found
+
+    async def _indexes(self, state: State | None, queue: str | None) -> Sequence[str]:
+        names = [queue] if queue else sorted({DEFAULT_QUEUE, *await self._store.queues()})
+        ended = [self._keys.of(f"index:finished:{name}") for name in names]
+        if state is None:
+            return [self._keys.of("index:open"), *ended]
+        return ended if state.terminal else [self._keys.of("index:open")]
+
+
+def _time(ms: str) -> datetime | None:
+    return datetime.fromtimestamp(int(ms) / 1000, UTC) if ms else None
+
+
+def _status(task_id: str, r: dict[str, str]) -> TaskStatus:
+    state = State(r["state"])
+    return TaskStatus(
+        id=task_id,
+        state=state,
+        queue=r["queue"],
+        attempt=int(r["attempt"] or 1),
+        reason=Reason(r["reason"]) if r["reason"] else None,
+        message=r["message"],
+        exit_code=int(r["exit_code"]) if r["exit_code"] else None,
+        accepted_at=_time(r["accepted"]),
+        started_at=_time(r["started"]),
+        finished_at=_time(r["finished"]) if state.terminal else None,
+        not_before=_time(r["due"]) if state is State.SCHEDULED else None,
+        instance=r["owner"].split("/")[0],
+        container_id=r["container"],
+        daemon=r["daemon"],
+        traceparent=r["traceparent"],
+        cancel_requested=bool(r["cancel"]),
+        takeovers=int(r["takeovers"] or 0),
+    )
+
+
+def _waiting(queue: str, entry: str) -> TaskStatus:
+    return TaskStatus(
+        f"{queue}.{entry}", State.QUEUED, queue, accepted_at=_time(entry.split("-", maxsplit=1)[0])
+    )
+
+
+def _dead_letter(entry_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
+    def text(name: str) -> str:
+        return fields.get(name.encode(), b"").decode("utf-8", "replace")
+
+    task = fields.get(b"task")
+    return DeadLetter(
+        entry_id=entry_id,
+        id=text("id"),
+        reason=text("reason"),
+        message=text("message"),
+        queue=text("queue"),
+        attempt=int(text("attempt") or 1),
+        source_id=text("source_id"),
+        finished_at=text("finished_at"),
+        task=task,
+        task_bytes=len(task) if task is not None else int(text("task_bytes") or 0),
+        task_sha1=text("task_sha1"),
+    )

@@ -1,0 +1,573 @@
+"""What only the Docker backend does, on a real engine; the rest is in the conformance suite."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from dispatcher.backends.base import PullProgress
+from dispatcher.backends.docker import DockerBackend
+from dispatcher.errors import (
+    BackendUnreachable,
+    ContainerGone,
+    ForeignContainer,
+    ImageNotFound,
+    ImagePullFailed,
+    LaunchRejected,
+    StartFailed,
+)
+from dispatcher.model import Attempt, Exit, Handle, Phase
+from tests.backends.conformance import UNTIL_KILL, UNTIL_TERM, agree, output, run_to_end, running, says
+from tests.backends.docker_harness import DockerHarness
+from tests.support.engine import EngineUnderTest
+from tests.support.registry import RegistryUnderTest
+from tests.support.waiting import wait_until
+
+MIB = 1024 * 1024
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def harness(engine: EngineUnderTest) -> Iterator[DockerHarness]:
+    harness = DockerHarness(engine)
+    yield harness
+    harness.tidy()
+
+
+@pytest.fixture
+def backend(harness: DockerHarness) -> DockerBackend:
+    return harness.backend()
+
+
+def ignore(progress: PullProgress) -> None:
+    """Nobody asks where the pull is."""
+
+
+# --- the end of a container -------------------------------------------------------------
+
+
+async def test_out_of_memory_is_the_engines_word(
+    harness: DockerHarness, engine: EngineUnderTest, backend: DockerBackend
+) -> None:
+    if not engine.client.info()["MemoryLimit"]:
+        pytest.skip("the engine can't limit memory here")
+    attempt = harness.attempt("exec tail -c 100000000 /dev/zero", memory=16 * MIB)
+    async with running(backend):
+        _, end = await run_to_end(backend, attempt)
+    assert (end.exit_code, end.oom) == (137, True)
+
+
+async def test_137_alone_is_not_out_of_memory(harness: DockerHarness, backend: DockerBackend) -> None:
+    async with running(backend):
+        _, end = await run_to_end(backend, harness.attempt("exit 137"))
+    assert (end.exit_code, end.oom) == (137, False)
+
+
+async def test_killed_child_of_a_program_that_copes_is_not_out_of_memory(
+    harness: DockerHarness, engine: EngineUnderTest, backend: DockerBackend
+) -> None:
+    if not engine.client.info()["MemoryLimit"]:
+        pytest.skip("the engine can't limit memory here")
+    script = "tail -c 100000000 /dev/zero; echo child: $?"
+    async with running(backend):
+        handle, end = await run_to_end(backend, harness.attempt(script, memory=16 * MIB))
+        assert b"child: 137" in await output(backend, handle)
+    assert (end.exit_code, end.oom) == (0, False)
+
+
+async def test_end_never_lies_before_the_start(harness: DockerHarness, backend: DockerBackend) -> None:
+    async with running(backend):
+        ends = [(await run_to_end(backend, harness.attempt(":")))[1] for _ in range(5)]
+    assert all(end.started_at <= end.finished_at for end in ends)
+
+
+# --- programs that can't be started -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"entrypoint": ("no-such-program",)}, "executable file not found"),
+        ({"entrypoint": ("/etc/passwd/x",)}, "not a directory"),
+        ({"entrypoint": ("/tmp",)}, "permission denied|no such file|is a directory"),
+        ({"workdir": "/bin/sh"}, "not a directory"),
+        ({"user": "stranger"}, "unable to find user"),
+        ({"network": "no-such-network"}, "not found"),
+        ({"entrypoint": None, "command": None}, "[Nn]o command specified"),
+    ],
+)
+async def test_start_that_fails_is_told_in_a_line_and_leaves_nothing(
+    harness: DockerHarness, backend: DockerBackend, fields: dict[str, Any], message: str
+) -> None:
+    attempt = harness.attempt(":", **fields)
+    async with running(backend):
+        # Twice: what the first leaves must not confuse the second.
+        for _ in range(2):
+            with pytest.raises(StartFailed, match=message) as failure:
+                await backend.launch(attempt, agree)
+            assert "\n" not in str(failure.value)
+            assert harness.containers() == []
+    assert await harness.starts(attempt) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"memory": 1000}, "[Mm]inimum memory limit"),
+        ({"workdir": "relative"}, "absolute path"),
+        ({"network": "container:other"}, "another container's network"),
+        ({"command": ("x" * 131_072,)}, "longer than 131071 bytes"),
+        ({"env": {f"V{n}": "x" * 100_000 for n in range(30)}}, "together exceed"),
+        ({"security_profile": "restricted", "user": "0"}, "numeric user other than 0"),
+        ({"security_profile": "restricted", "user": "root"}, "numeric user other than 0"),
+        ({"security_profile": "restricted", "user": "0:1000"}, "numeric user other than 0"),
+    ],
+)
+async def test_configuration_that_is_refused(
+    harness: DockerHarness, backend: DockerBackend, fields: dict[str, Any], message: str
+) -> None:
+    async with running(backend):
+        with pytest.raises(LaunchRejected, match=message):
+            await backend.launch(harness.attempt(":", **fields), agree)
+    assert harness.containers() == []
+
+
+async def test_image_that_is_not_there(harness: DockerHarness, backend: DockerBackend) -> None:
+    async with running(backend):
+        for profile in ("baseline", "restricted"):
+            attempt = harness.attempt(":", image="dispatcher-test/absent:1", security_profile=profile)
+            with pytest.raises(ImageNotFound):
+                await backend.launch(attempt, agree)
+
+
+# --- what a container looks like --------------------------------------------------------
+
+
+async def test_labels_limits_and_log_as_the_engine_shows_them(
+    harness: DockerHarness, engine: EngineUnderTest
+) -> None:
+    backend = harness.backend(log_max_bytes=3 * MIB)
+    attempt = harness.attempt(
+        "exit 0", labels={"team": "blue"}, cpus=0.5, memory=64 * MIB, pids=100, user="1000:1000"
+    )
+    async with running(backend):
+        handle = await backend.launch(attempt, agree)
+        found = harness.inspect(handle.container_id)
+    assert found["Name"] == f"/{attempt.name}"
+    assert {"team": "blue", **attempt.own_labels}.items() <= found["Config"]["Labels"].items()
+    assert found["Config"]["User"] == "1000:1000"
+    host = found["HostConfig"]
+    assert (host["NanoCpus"], host["PidsLimit"]) == (500_000_000, 100)
+    assert (host["Memory"], host["MemorySwap"]) == (64 * MIB, 64 * MIB)
+    assert host["LogConfig"] == {
+        "Type": "local",
+        "Config": {"max-size": str(3 * MIB), "max-file": "2"},
+    }
+    assert host["RestartPolicy"]["Name"] == "no"
+    assert host["AutoRemove"] is False
+    assert host["NetworkMode"] == engine.network
+
+
+async def test_label_of_a_task_never_replaces_ours(harness: DockerHarness, backend: DockerBackend) -> None:
+    attempt = harness.attempt("exit 0", labels={"dispatcher.namespace": "stolen"})
+    async with running(backend):
+        await backend.launch(attempt, agree)
+        assert [one.task_id for one in await backend.find(harness.namespace)] == [attempt.task_id]
+
+
+async def test_baseline_profile(harness: DockerHarness, backend: DockerBackend) -> None:
+    async with running(backend):
+        handle, _ = await run_to_end(
+            backend, harness.attempt("grep -E 'NoNewPrivs|Seccomp:' /proc/self/status")
+        )
+        status = (await output(backend, handle)).decode().split()
+        host = harness.inspect(handle.container_id)["HostConfig"]
+    assert status == ["NoNewPrivs:", "1", "Seccomp:", "2"]
+    assert host["CapDrop"] == ["NET_RAW"]
+    assert not host["CapAdd"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["PidsLimit"] == 4096
+    assert (host["Privileged"], host["ReadonlyRootfs"]) == (False, False)
+    assert not host["Binds"]
+    assert not host["Devices"]
+    assert (host["IpcMode"], host["PidMode"], host["UTSMode"]) == ("private", "", "")
+
+
+async def test_restricted_profile(harness: DockerHarness, backend: DockerBackend) -> None:
+    script = (
+        "id -u; grep CapBnd /proc/self/status; touch /x 2>/dev/null || echo read-only;"
+        "echo : > /tmp/x && chmod 755 /tmp/x && (/tmp/x 2>/dev/null || echo noexec);"
+        "dd if=/dev/zero of=/tmp/big bs=1M count=100 2>/dev/null || echo bounded"
+    )
+    async with running(backend):
+        handle, _ = await run_to_end(backend, harness.attempt(script, security_profile="restricted"))
+        told = (await output(backend, handle)).decode().split()
+    assert told == ["65534", "CapBnd:", "0000000000000000", "read-only", "noexec", "bounded"]
+
+
+async def test_restricted_profile_keeps_a_user_that_is_not_root(
+    harness: DockerHarness, backend: DockerBackend
+) -> None:
+    attempt = harness.attempt("id -u", security_profile="restricted", user="1000:1000")
+    async with running(backend):
+        handle, _ = await run_to_end(backend, attempt)
+        assert await output(backend, handle) == b"1000\n"
+
+
+# --- the name is taken ------------------------------------------------------------------
+
+
+async def test_created_by_another_and_not_started_is_made_anew(
+    harness: DockerHarness, engine: EngineUnderTest, backend: DockerBackend
+) -> None:
+    attempt = harness.attempt("exit 4")
+    theirs = engine.client.create_container(
+        engine.image, "true", name=attempt.name, labels=attempt.own_labels
+    )
+    async with running(backend):
+        handle, end = await run_to_end(backend, attempt)
+    assert handle.container_id != theirs["Id"]
+    assert (end.exit_code, handle.adopted) == (4, False)
+
+
+async def test_container_without_our_labels_is_foreign(
+    harness: DockerHarness, engine: EngineUnderTest, backend: DockerBackend
+) -> None:
+    attempt = harness.attempt("exit 4")
+    theirs = engine.client.create_container(engine.image, "true", name=attempt.name)
+    async with running(backend):
+        with pytest.raises(ForeignContainer):
+            await backend.launch(attempt, agree)
+    assert harness.inspect(attempt.name)["Id"] == theirs["Id"]
+
+
+async def test_container_of_another_namespace_is_foreign(
+    harness: DockerHarness, backend: DockerBackend
+) -> None:
+    attempt = harness.attempt("exit 4")
+    other = replace(attempt, namespace=f"{attempt.namespace[:8]}-another")
+    async with running(backend):
+        theirs, _ = await run_to_end(backend, attempt)
+        with pytest.raises(ForeignContainer):
+            await backend.launch(other, agree)
+    assert harness.inspect(attempt.name)["Id"] == theirs.container_id
+
+
+async def test_creator_whose_container_was_replaced_starts_nothing(
+    harness: DockerHarness, engine: EngineUnderTest, backend: DockerBackend
+) -> None:
+    async def replaced(handle: Handle) -> None:
+        await anyio.to_thread.run_sync(engine.client.remove_container, handle.container_id)
+
+    attempt = harness.attempt("exit 0")
+    async with running(backend):
+        with pytest.raises(ContainerGone):
+            await backend.launch(attempt, replaced)
+    assert await harness.starts(attempt) == 0
+
+
+async def test_refused_confirmation_removes_what_was_created(
+    harness: DockerHarness, backend: DockerBackend
+) -> None:
+    class Refused(Exception):
+        pass
+
+    async def refuse(handle: Handle) -> None:
+        raise Refused
+
+    attempt = harness.attempt("exit 0")
+    async with running(backend):
+        with pytest.raises(Refused):
+            await backend.launch(attempt, refuse)
+    assert harness.containers() == []
+
+
+# --- output -----------------------------------------------------------------------------
+
+
+async def test_output_beyond_the_limit_loses_its_beginning(harness: DockerHarness) -> None:
+    backend = harness.backend(log_max_bytes=100_000)
+    async with running(backend):
+        handle, _ = await run_to_end(backend, harness.attempt("seq 200000"))
+        told = await output(backend, handle)
+    assert told.endswith(b"\n199999\n200000\n")
+    assert len(told) < 2 * 200_000
+
+
+async def test_endless_output_is_read_no_further_than_it_is_consumed(
+    harness: DockerHarness, backend: DockerBackend
+) -> None:
+    async with running(backend):
+        handle = await backend.launch(harness.attempt("yes abcdefgh"), agree)
+        largest = pieces = 0
+        async for piece in backend.logs(handle, follow=True):
+            largest, pieces = max(largest, len(piece)), pieces + 1
+            if pieces == 20:
+                break
+        await backend.stop(handle, 0)
+    assert largest < 2 * MIB
+
+
+async def test_reader_that_turns_away_frees_its_place(harness: DockerHarness) -> None:
+    backend = harness.backend(log_readers=1)
+    async with running(backend):
+        handle = await backend.launch(harness.attempt("echo ready; while :; do sleep 1; done"), agree)
+        for _ in range(5):
+            async for piece in backend.logs(handle, follow=True):
+                assert piece == b"ready\n"
+                break
+        await backend.stop(handle, 0)
+
+
+# --- images -----------------------------------------------------------------------------
+
+
+async def test_pull_and_presence(
+    registry: RegistryUnderTest, engine: EngineUnderTest, harness: DockerHarness, backend: DockerBackend
+) -> None:
+    image = registry.push(engine, "pull-good", payload=os.urandom(4 * MIB))
+    told: list[PullProgress] = []
+    async with running(backend):
+        assert not await backend.image_present(image)
+        assert await backend.image_obtainable(image)
+        await backend.prepare(image, told.append)
+        assert await backend.image_present(image)
+        _, end = await run_to_end(backend, harness.attempt("exit 5", image=image))
+    assert end.exit_code == 5
+    assert (told[-1].image, told[-1].layers_done, told[-1].layers_total) == (image, 1, 1)
+    assert told[-1].bytes_done == told[-1].bytes_total
+    assert [one.bytes_done for one in told] == sorted(one.bytes_done for one in told)
+
+
+async def test_pull_by_digest(
+    registry: RegistryUnderTest, engine: EngineUnderTest, harness: DockerHarness, backend: DockerBackend
+) -> None:
+    tagged = registry.push(engine, "pull-digest")
+    digest = engine.client.inspect_distribution(tagged)["Descriptor"]["digest"]
+    async with running(backend):
+        for image in (f"{tagged.rpartition(':')[0]}@{digest}", f"{tagged}@{digest}"):
+            await backend.prepare(image, ignore)
+            assert await backend.image_present(image)
+            _, end = await run_to_end(backend, harness.attempt("exit 6", image=image))
+            assert end.exit_code == 6
+
+
+async def test_pull_of_what_the_registry_lacks(
+    registry: RegistryUnderTest, engine: EngineUnderTest, backend: DockerBackend
+) -> None:
+    image = registry.push(engine, "pull-absent")
+    async with running(backend):
+        for absent in (f"{image}-no-such-tag", f"{registry.host}/no-such-name:1"):
+            with pytest.raises(ImageNotFound):
+                await backend.prepare(absent, ignore)
+            assert not await backend.image_obtainable(absent)
+
+
+async def test_pull_from_a_registry_that_is_not_there(backend: DockerBackend) -> None:
+    image = "127.0.0.1:1/nobody:1"
+    async with running(backend):
+        with pytest.raises(ImagePullFailed, match="connection refused") as failure:
+            await backend.prepare(image, ignore)
+        assert failure.value.recoverable
+        assert not await backend.image_obtainable(image)
+
+
+async def test_cancelled_pull_ends_in_the_engine_too(
+    registry: RegistryUnderTest, engine: EngineUnderTest, harness: DockerHarness
+) -> None:
+    backend = harness.backend(max_pulls=1)
+    image = registry.push(engine, "pull-cancelled", payload=os.urandom(48 * MIB))
+    moving = anyio.Event()
+
+    async with running(backend):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(backend.prepare, image, lambda progress: moving.set())
+            await moving.wait()
+            began = time.monotonic()
+            tasks.cancel_scope.cancel()
+        assert time.monotonic() - began < 2
+        assert not await backend.image_present(image)
+        # The only place for a pull is free again.
+        await backend.prepare(image, ignore)
+        assert await backend.image_present(image)
+
+
+@contextlib.asynccontextmanager
+async def silent_registry() -> Any:
+    """An address that takes connections and never answers."""
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+        connected = anyio.Event()
+
+        async def hold(stream: anyio.abc.SocketStream) -> None:
+            async with stream:
+                connected.set()
+                await anyio.sleep_forever()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(listener.serve, hold)
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            yield f"127.0.0.1:{port}/silent:1", connected
+            tasks.cancel_scope.cancel()
+
+
+async def test_pull_can_be_cancelled_before_its_first_answer(backend: DockerBackend) -> None:
+    async with silent_registry() as (image, connected), running(backend):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(backend.prepare, image, ignore)
+            await connected.wait()
+            began = time.monotonic()
+            tasks.cancel_scope.cancel()
+        assert time.monotonic() - began < 2
+
+
+# --- the engine goes away ---------------------------------------------------------------
+
+
+async def test_engine_that_is_not_there() -> None:
+    backend = DockerBackend(base_url="unix:///nonexistent/docker.sock", max_pulls=1)
+    health = await backend.probe()
+    assert not health.ok
+    assert health.detail
+    with pytest.raises(BackendUnreachable):
+        await backend.run(task_status=anyio.TASK_STATUS_IGNORED)
+
+
+@contextlib.asynccontextmanager
+async def relay(target: str) -> Any:
+    """A way to the engine that can be cut: yields its address and a function that cuts it."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/relay.sock"
+        scopes: set[anyio.CancelScope] = set()
+        closed = [False]
+
+        async def copy(source: Any, sink: Any, scope: anyio.CancelScope) -> None:
+            with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                while True:
+                    await sink.send(await source.receive())
+            scope.cancel()
+
+        async def serve(client: Any) -> None:
+            async with client:
+                if closed[0]:
+                    return
+                async with await anyio.connect_unix(target.removeprefix("unix://")) as engine:
+                    async with anyio.create_task_group() as tasks:
+                        scopes.add(tasks.cancel_scope)
+                        tasks.start_soon(copy, client, engine, tasks.cancel_scope)
+                        tasks.start_soon(copy, engine, client, tasks.cancel_scope)
+                    scopes.discard(tasks.cancel_scope)
+
+        def cut(*, keep: bool) -> int:
+            closed[0] = not keep
+            count = len(scopes)
+            for scope in list(scopes):
+                scope.cancel()
+            return count
+
+        async with await anyio.create_unix_listener(path) as listener, anyio.create_task_group() as tasks:
+            tasks.start_soon(listener.serve, serve)
+            yield f"unix://{path}", cut
+            tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
+def needs_unix_socket(engine: EngineUnderTest) -> None:
+    if not engine.base_url.startswith("unix://"):
+        pytest.skip("the engine is not reached by a Unix socket")
+
+
+@pytest.mark.usefixtures("needs_unix_socket")
+async def test_waiting_survives_the_loss_of_the_engine(
+    harness: DockerHarness, engine: EngineUnderTest
+) -> None:
+    ends: list[Exit] = []
+
+    async def wait(backend: DockerBackend, handle: Handle) -> None:
+        ends.append(await backend.wait(handle))
+
+    async with relay(engine.base_url) as (url, cut):
+        backend = DockerBackend(base_url=url, max_pulls=1)
+        async with running(backend):
+            handle = await backend.launch(harness.attempt(UNTIL_KILL), agree)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(wait, backend, handle)
+                await anyio.wait_all_tasks_blocked()
+                assert cut(keep=False)
+                # It ends while nobody can be told.
+                await anyio.to_thread.run_sync(engine.client.kill, handle.container_id)
+                await wait_until(lambda: harness.inspect(handle.container_id)["State"]["Status"] == "exited")
+                assert not (await backend.probe()).ok
+                with pytest.raises(BackendUnreachable):
+                    await backend.find(harness.namespace)
+                assert ends == []
+                cut(keep=True)
+    assert [end.exit_code for end in ends] == [137]
+
+
+@pytest.mark.usefixtures("needs_unix_socket")
+async def test_lost_event_stream_is_followed_again(harness: DockerHarness, engine: EngineUnderTest) -> None:
+    async with relay(engine.base_url) as (url, cut):
+        backend = DockerBackend(base_url=url, max_pulls=1)
+        async with running(backend):
+            for _ in range(3):
+                handle = await backend.launch(harness.attempt("sleep 0.2; exit 3"), agree)
+                await wait_until(lambda: cut(keep=True))
+                with anyio.fail_after(8):
+                    assert (await backend.wait(handle)).exit_code == 3
+
+
+async def test_probe_of_an_engine_that_hangs_is_bounded(
+    harness: DockerHarness, engine: EngineUnderTest, backend: DockerBackend
+) -> None:
+    if engine.pid is None:
+        pytest.skip("not an engine of our own")
+    async with running(backend):
+        os.kill(engine.pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            assert not (await backend.probe()).ok
+            assert time.monotonic() - began < 6
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
+        assert (await backend.probe()).ok
+
+
+# --- many -------------------------------------------------------------------------------
+
+
+async def test_waiting_for_many_holds_no_thread(harness: DockerHarness) -> None:
+    backend = harness.backend(control_threads=2)
+    count = 12
+    ends: list[int] = []
+
+    async def one() -> None:
+        handle = await backend.launch(harness.attempt(UNTIL_TERM), agree)
+        ends.append((await backend.wait(handle)).exit_code)
+
+    async def all_run() -> bool:
+        found = await backend.find(harness.namespace)
+        return [one.phase for one in found] == [Phase.RUNNING] * count
+
+    async with running(backend):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(one)
+            await wait_until(all_run, timeout=30)
+            began = time.monotonic()
+            assert await backend.image_present(harness.engine.image)
+            assert time.monotonic() - began < 1
+            for handle in await backend.find(harness.namespace):
+                await says(backend, handle, b"ready")
+                tasks.start_soon(backend.stop, handle, 10)
+    assert ends == [3] * count
