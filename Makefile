@@ -29,7 +29,7 @@ demo: venv ## Show what it does, on this machine, in a minute
 dev: venv ## Run everything in one process, to work with
 	$(BIN)/dispatcher dev
 
-check: venv ## Format, lint, types, layers, dead code, spelling
+check: venv ## Format, lint, types, layers, dead code, spelling, shell, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -37,6 +37,8 @@ check: venv ## Format, lint, types, layers, dead code, spelling
 	$(BIN)/vulture
 	$(BIN)/codespell
 	$(BIN)/yamllint --strict .
+	$(BIN)/shellcheck .ci/run
+	$(BIN)/hadolint docker/Dockerfile
 
 format: venv ## Format, and mend what can be mended by itself
 	$(BIN)/ruff format .

@@ -198,21 +198,21 @@ class AsyncClient:
             if tail is not None:
                 yield tail.data
             return
-        seen, attempt, cursor = 0, 0, "0-0"
+        seen, attempt, cursor, quiet = 0, 0, "0-0", True
         while not (status := await self._views.task(task_id)).state.terminal:
-            quiet = True
-            if status.state is State.RUNNING and status.instance:
-                await self._tails.show_interest(task_id)
-                async for piece in self._tails.live(task_id, cursor):
-                    quiet, cursor = False, piece.entry_id
-                    if piece.attempt != attempt:
-                        seen, attempt = 0, piece.attempt
-                    yield piece.data[max(0, seen - piece.offset) :]
-                    seen = max(seen, piece.offset + len(piece.data))
-                if quiet:  # nobody feeds us yet, or any more; one who does takes no harm
-                    await self._store.tell(status.instance, "follow", task_id)
-            if quiet:
+            if status.state is not State.RUNNING or not status.instance:
                 await anyio.sleep(FOLLOW_PAUSE)
+                continue
+            await self._tails.show_interest(task_id)
+            if quiet:  # nobody feeds us yet, or any more; one who does takes no harm
+                await self._store.tell(status.instance, "follow", task_id)
+            quiet = True
+            async for piece in self._tails.live(task_id, cursor):
+                quiet, cursor = False, piece.entry_id
+                if piece.attempt != attempt:
+                    seen, attempt = 0, piece.attempt
+                yield piece.data[max(0, seen - piece.offset) :]
+                seen = max(seen, piece.offset + len(piece.data))
         tail = await self._tails.get(task_id)
         if tail is not None:
             yield tail.data[max(0, (seen if tail.attempt == attempt else 0) - tail.dropped) :]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.metrics import CallbackOptions, Histogram, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
 from prometheus_client import CollectorRegistry, generate_latest
@@ -32,9 +32,7 @@ class Telemetry:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         reader = PrometheusMetricReader(disable_target_info=True, registry=self._registry)
-        view = View(
-            instrument_name="dispatcher_*_seconds", aggregation=ExplicitBucketHistogramAggregation(_BUCKETS)
-        )
+        view = View(instrument_type=Histogram, aggregation=ExplicitBucketHistogramAggregation(_BUCKETS))
         self._provider = MeterProvider(metric_readers=[reader], views=[view], shutdown_on_exit=False)
         self._meter = self._provider.get_meter("dispatcher", __version__)
         self.finished = self._meter.create_counter(
