@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,17 @@ import compose_spec
 import pytest
 import yaml
 
-DOCKER = Path(__file__).parents[1] / "docker"
+from tests.support.base_image import python_archive
+from tests.support.engine import EngineUnderTest, engine  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+
+
+#: A reference to a variable of the environment, with the value it has without one.
+_VARIABLE = re.compile(r"\$\{\w+:-([^}]*)\}")
+BASE = "dispatcher-test/python:1"
+IMAGE = "dispatcher-test/dispatcher:1"
 
 
 class _Loader(yaml.SafeLoader):
@@ -20,7 +32,7 @@ _Loader.add_constructor("!reset", lambda loader, node: loader.construct_sequence
 
 
 def _read(name: str) -> dict[str, Any]:
-    content = yaml.load((DOCKER / name).read_text(), _Loader)
+    content = yaml.load(_VARIABLE.sub(r"\1", (DOCKER / name).read_text()), _Loader)
     assert isinstance(content, dict)
     return content
 
@@ -65,7 +77,7 @@ def test_dispatcher_starts_after_redis_and_has_time_to_drain(compose: dict[str, 
 def test_dispatcher_is_given_no_more_than_the_socket(compose: dict[str, Any]) -> None:
     dispatcher = compose["services"]["dispatcher"]
     assert dispatcher["volumes"] == ["/var/run/docker.sock:/var/run/docker.sock"]
-    assert dispatcher["group_add"] == ["${DOCKER_GID:-999}"]
+    assert dispatcher["group_add"] == ["999"]
     assert dispatcher["read_only"] is True
     assert dispatcher["cap_drop"] == ["ALL"]
     assert "privileged" not in dispatcher
@@ -100,3 +112,82 @@ def test_image_runs_as_somebody_else_and_can_be_stopped_and_watched() -> None:
     assert instructions["ENTRYPOINT"] == 'ENTRYPOINT ["dispatcher"]'
     assert instructions["CMD"] == 'CMD ["serve"]'
     assert "HEALTHCHECK" in instructions
+
+
+# --- built and run ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def image(engine: EngineUnderTest) -> Iterator[str]:  # noqa: F811
+    """The image, built from the Dockerfile as it stands on a base made of this machine's Python."""
+    client = engine.client
+    repository, _, tag = BASE.partition(":")
+    client.import_image_from_data(python_archive(), repository=repository, tag=tag)
+    steps = client.build(
+        path=str(ROOT),
+        dockerfile="docker/Dockerfile",
+        tag=IMAGE,
+        buildargs={"BASE_IMAGE": BASE},
+        network_mode="host",
+        rm=True,
+        forcerm=True,
+        decode=True,
+    )
+    output = list(steps)
+    assert not [step for step in output if "error" in step], output[-20:]
+    yield IMAGE
+    client.remove_image(IMAGE, force=True)
+    client.remove_image(BASE, force=True)
+
+
+def _run(engine: EngineUnderTest, image: str, **options: Any) -> tuple[int, str]:  # noqa: F811
+    """Run a container of ``image``, hardened as compose.yaml has it; its exit code and output."""
+    client = engine.client
+    hardened = client.create_host_config(
+        read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"], network_mode=engine.network
+    )
+    container = client.create_container(image, host_config=hardened, **options)["Id"]
+    try:
+        client.start(container)
+        code = client.wait(container, timeout=50)["StatusCode"]
+        return code, client.logs(container).decode()
+    finally:
+        client.remove_container(container, force=True)
+
+
+# Two stages, and pip downloads what the package needs.
+@pytest.mark.timeout(300)
+class TestImage:
+    """The image that the Dockerfile makes."""
+
+    def test_metadata(self, engine: EngineUnderTest, image: str) -> None:  # noqa: F811
+        config = engine.client.inspect_image(image)["Config"]
+        assert config["Entrypoint"] == ["dispatcher"]
+        assert config["Cmd"] == ["serve"]
+        assert config["StopSignal"] == "SIGTERM"
+        assert config["User"] == "65532:65532"
+        assert config["Healthcheck"]["Test"][0] == "CMD"
+
+    def test_command_line_answers(self, engine: EngineUnderTest, image: str) -> None:  # noqa: F811
+        code, output = _run(engine, image, command=["--help"])
+        assert code == 0, output
+        assert "serve" in output
+
+    def test_package_is_whole_and_its_user_is_nobody(
+        self,
+        engine: EngineUnderTest,  # noqa: F811
+        image: str,
+    ) -> None:
+        program = "import os, dispatcher.service, dispatcher.backends.docker; print(os.getuid(), os.getgid())"
+        code, output = _run(engine, image, entrypoint=["python3", "-c", program])
+        assert (code, output) == (0, "65532 65532\n")
+
+    def test_one_that_does_not_answer_is_unhealthy(
+        self,
+        engine: EngineUnderTest,  # noqa: F811
+        image: str,
+    ) -> None:
+        check = engine.client.inspect_image(image)["Config"]["Healthcheck"]["Test"][1:]
+        code, output = _run(engine, image, entrypoint=check)
+        assert code != 0
+        assert "ConnectionRefusedError" in output

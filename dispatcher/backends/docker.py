@@ -40,6 +40,7 @@ from dispatcher.backends.docker_spec import (
     handle_of,
     has_ended,
     needs_image_user,
+    oom_may_follow,
     pull_arguments,
 )
 from dispatcher.backends.docker_streams import OutputPipe, PullReader, log_frames
@@ -68,6 +69,9 @@ OBTAINABLE_TIMEOUT = 15.0
 PROBE_TIMEOUT = 5.0
 #: Seconds after SIGKILL until a container counts as stuck.
 KILL_TIMEOUT = 30.0
+#: Seconds for the word that it was for want of memory to follow the word that it was killed:
+#: the engine hears the two in either order, some milliseconds apart on a busy machine.
+OOM_SETTLE = 1.0
 #: Seconds for tidying up behind a launch that is being cancelled.
 TIDY_TIMEOUT = 5.0
 #: How often a launch looks again at a name that changes hands under it, and the seconds
@@ -110,15 +114,16 @@ class DockerBackend:
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """See ``Backend.run``."""
-        health = await self.probe()
-        if not health.ok:
-            raise BackendUnreachable(health.detail)
         try:
+            health = await self.probe()
+            if not health.ok:
+                raise BackendUnreachable(health.detail)
             async with anyio.create_task_group() as self._tasks:
                 task_status.started()
                 await self._watcher.run()
         finally:
             self._tasks = None
+            self._engine.close()
 
     async def probe(self) -> Health:
         """See ``Backend.probe``."""
@@ -275,6 +280,7 @@ class DockerBackend:
 
     async def wait(self, handle: Handle) -> Exit:
         """See ``Backend.wait``."""
+        settled = False
         while True:
             with self._watcher.watching(handle.container_id) as woken:
                 try:
@@ -285,8 +291,13 @@ class DockerBackend:
                     # The list taken after the engine is back wakes us again.
                     log.info("docker.wait_unanswered", container_id=handle.container_id, error=str(error))
                 else:
-                    if has_ended(found):
+                    if has_ended(found) and (settled or not oom_may_follow(found)):
                         return exit_of(found)
+                    if has_ended(found):
+                        with anyio.move_on_after(OOM_SETTLE):
+                            await woken.wait()
+                        settled = True
+                        continue
                 await woken.wait()
 
     async def stop(self, handle: Handle, grace: float) -> None:

@@ -109,6 +109,13 @@ class Engine:
         """Agree on the API's version anew: the engine may be another one after a restart."""
         self._version = None
 
+    def close(self) -> None:
+        """Close the connections that idle; a later call opens new ones."""
+        with self._lock:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.close()
+
     async def call(
         self,
         work: Callable[[docker.APIClient], T],
@@ -186,7 +193,10 @@ class Engine:
             timeout=math.ceil(timeout), max_pool_size=self._pool_size, **self._client_arguments()
         )
         with self._lock:
+            outdated = self._clients.get(timeout)
             self._clients[timeout] = client
+        if outdated is not None:
+            outdated.close()
         return client
 
     def _client_arguments(self) -> dict[str, Any]:

@@ -31,6 +31,8 @@ _TMP = "/tmp"  # noqa: S108 - a path in the container
 #: variables together. More can't be executed, and makes some engines hang in the start.
 _ARGUMENT_BYTES = 128 * 1024
 _ARGUMENTS_BYTES = 2 * 1024 * 1024
+#: The exit code of a program ended by SIGKILL.
+_KILLED = 137
 _NANO = 1_000_000_000
 #: A numeric user that is not root, with or without a numeric group. Names are not taken:
 #: an image's own /etc/passwd can call user 0 anything.
@@ -217,6 +219,16 @@ def _handle(
         )
     except (KeyError, ValueError):
         raise ForeignContainer(f"container {name} does not bear a dispatcher's labels") from None
+
+
+def oom_may_follow(inspected: Mapping[str, Any]) -> bool:
+    """Whether a container that has ended may yet turn out to be killed for want of memory."""
+    state = inspected["State"]
+    return (
+        state["ExitCode"] == _KILLED
+        and not state["OOMKilled"]
+        and inspected["HostConfig"].get("Memory", 0) > 0
+    )
 
 
 def exit_of(inspected: Mapping[str, Any]) -> Exit:

@@ -19,7 +19,7 @@ import structlog
 from anyio import from_thread
 
 from dispatcher.backends.docker_client import Engine, StreamClient
-from dispatcher.backends.docker_spec import NAMESPACE_LABEL
+from dispatcher.backends.docker_spec import NAMESPACE_LABEL, unix_time
 from dispatcher.errors import BackendError
 
 log = structlog.get_logger(__name__)
@@ -33,8 +33,9 @@ EVENTS_SILENCE = 60.0
 _BACKOFF_INITIAL = 0.1
 _BACKOFF_MAX = 5.0
 
-#: What ends a wait. "die" comes after the engine has written the exit down.
-_EVENTS = {"type": "container", "event": ["die", "destroy"], "label": NAMESPACE_LABEL}
+#: What a wait looks up for. "die" comes after the engine has written the exit down, "oom"
+#: before or after it.
+_EVENTS = {"type": "container", "event": ["die", "destroy", "oom"], "label": NAMESPACE_LABEL}
 _RUNNING = frozenset({"running", "paused", "restarting", "created"})
 
 
@@ -45,7 +46,8 @@ class Watcher:
         self._engine = engine
         self._waiting: defaultdict[str, set[anyio.Event]] = defaultdict(set)
         self._relist = anyio.Event()
-        #: The engine's time of the last event seen, in whole Unix seconds.
+        #: The engine's time of the last event seen, in whole Unix seconds. Events are asked for
+        #: from there on: an engine answers the request before it begins to listen for us.
         self._seen: int | None = None
         self._failures = 0
 
@@ -75,6 +77,8 @@ class Watcher:
         while True:
             error = ""
             try:
+                if self._seen is None:
+                    self._seen = await self._engine.call(_engine_time)
                 await self._engine.stream(
                     self._read_events, limiter=self._engine.watching, silence=EVENTS_SILENCE
                 )
@@ -96,7 +100,7 @@ class Watcher:
 
     def _connected(self) -> None:
         self._failures = 0
-        # Covers what ended before the first event we can name a time for.
+        # An engine replays but its last 256 events, and none from before its own start.
         self._relist.set()
 
     def _ended(self, container_id: str, time: int) -> None:
@@ -123,6 +127,10 @@ class Watcher:
                 continue
             for container_id in waited_for - running:
                 self._wake(container_id)
+
+
+def _engine_time(client: Any) -> int:
+    return int(unix_time(client.info()["SystemTime"]) or 0)
 
 
 def _running(client: Any) -> set[str]:
