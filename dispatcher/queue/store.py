@@ -13,7 +13,6 @@ import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from random import uniform
 from typing import Any, Literal, cast
@@ -125,6 +124,16 @@ class Settlement:
     outcome: Outcome
     delay: float = 0.0
     budget: Budget = "none"
+
+
+def _sources() -> dict[str, str]:
+    files = {file.name: file.read_text("utf-8") for file in (resources.files(__package__) / "lua").iterdir()}
+    common = files.pop("common.lua")
+    return {name.removesuffix(".lua"): f"{common}\n{text}" for name, text in files.items()}
+
+
+#: The Lua text of each script, what all share included. Read at import: never in an event loop.
+SOURCES = _sources()
 
 
 def new_task_id() -> str:
@@ -366,16 +375,9 @@ class Store:
     def _script(self, name: str) -> Callable[..., Awaitable[Any]]:
         if name not in self._scripts:
             self._scripts[name] = cast(
-                Callable[..., Awaitable[Any]], self.redis.register_script(source(name))
+                Callable[..., Awaitable[Any]], self.redis.register_script(SOURCES[name])
             )
         return self._scripts[name]
-
-
-@cache
-def source(name: str) -> str:
-    """The Lua text of a script, what all of them share included."""
-    lua = resources.files("dispatcher.queue") / "lua"
-    return (lua / "common.lua").read_text("utf-8") + "\n" + (lua / f"{name}.lua").read_text("utf-8")
 
 
 def _delivery(raw: list[Any]) -> Delivery:

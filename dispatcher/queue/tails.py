@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dispatcher.queue.connection import command, connect, read_after, sorted_errors
-from dispatcher.queue.store import Keys, ms, source
+from dispatcher.queue.store import SOURCES, Keys, ms
 
 #: Seconds a follower's interest lasts; it is renewed while it reads.
 INTEREST_SECONDS = 15.0
@@ -65,7 +65,7 @@ class Tails:
         self._retention = retention
         self._total_limit = total_limit
         self._redis = connect(url, max_connections=max_connections)
-        self._keep = self._redis.register_script(source("keep_tail"))
+        self._keep = self._redis.register_script(SOURCES["keep_tail"])
 
     async def aclose(self) -> None:
         """Close the connections."""
