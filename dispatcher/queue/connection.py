@@ -12,13 +12,17 @@ from contextlib import contextmanager
 from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from redis import exceptions
+from redis import DriverInfo, exceptions
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from dispatcher import __version__
 from dispatcher.errors import ConfigurationError, QueueUnavailable
 
+#: Who we are in CLIENT LIST. Left to itself, redis-py reads its own version from disk for every
+#: new connection, in the middle of the event loop.
+_DRIVER = DriverInfo().add_upstream_driver("dispatcher", __version__)
 #: Seconds for a connection or a reply. A command that takes longer is not one of ours.
 SOCKET_TIMEOUT = 5.0
 #: Seconds a blocking read may block: below the socket timeout, or every quiet spell would
@@ -55,6 +59,7 @@ def connect(url: str, *, max_connections: int) -> Redis:
             socket_connect_timeout=SOCKET_TIMEOUT,
             max_connections=max_connections,
             retry=Retry(NoBackoff(), 0),
+            driver_info=_DRIVER,
             **keepalive,
         )
     except ValueError as error:

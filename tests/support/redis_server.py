@@ -57,7 +57,7 @@ def server_program() -> Path:
 def start(directory: Path, *options: str) -> tuple[subprocess.Popen[bytes], RedisUnderTest]:
     """Start a server with AOF in ``directory`` and wait until it answers; the caller ends it."""
     program, port, socket_file = server_program(), free_port(), directory / "redis.sock"
-    command = [
+    command: list[str | Path] = [
         program, "--bind", "127.0.0.1", "--port", str(port), "--unixsocket", socket_file, "--dir", directory,
         "--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction", *options,
     ]  # fmt: skip
