@@ -47,13 +47,13 @@ format: venv ## Format, and mend what can be mended by itself
 test: venv ## Run the tests; what can't run here is skipped and said so
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-# The queue's tests once against each server there is.
+# On every server, also after one has failed, and then with a failure.
 test-redis-matrix: venv ## Run the queue's tests on Redis 6.2, 8, the system's and Valkey
 	@servers="$$($(BIN)/python -m tests.support.redis_servers)" || exit 1; \
-	printf '%s\n' "$$servers" | while read -r name server; do \
+	printf '%s\n' "$$servers" | { failed=; while read -r name server; do \
 		printf '\n--- %s: %s\n' "$$name" "$$server"; \
-		TEST_REDIS_SERVER="$$server" $(BIN)/pytest tests/queue $(PYTEST_ARGS) < /dev/null || exit 1; \
-	done
+		TEST_REDIS_SERVER="$$server" $(BIN)/pytest tests/queue $(PYTEST_ARGS) < /dev/null || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { printf '\nfailed on:%s\n' "$$failed"; exit 1; }; }
 
 image: ## Build the container image, named by IMAGE
 	docker build --file docker/Dockerfile --tag $(IMAGE) .

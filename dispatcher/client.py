@@ -187,18 +187,23 @@ class AsyncClient:
         if rest:
             yield rest
 
-    async def output(self, task_id: str, *, follow: bool = False) -> AsyncGenerator[bytes]:
+    async def output(
+        self, task_id: str, *, follow: bool = False, lines: int | None = None
+    ) -> AsyncGenerator[bytes]:
         """A task's output as bytes, both streams in order; of a retried task the last attempt's.
 
         Without ``follow``: what there is now, as far as it is kept. With it: from the beginning
-        of what is kept until the task has ended, each attempt in turn. Raises TaskNotFound.
+        of what is kept until the task has ended, each attempt in turn. ``lines``: of what there
+        is now only the last so many. Raises TaskNotFound.
         """
         if not follow:
             tail = await self.tail(task_id)
             if tail is not None:
-                yield tail.data
+                yield tail.data if lines is None else tail.last(lines)
             return
         seen, attempt, cursor, quiet = 0, 0, "0-0", True
+        if lines is not None and (now := await self.tail(task_id)):
+            seen, attempt = now.total - len(now.last(lines)), now.attempt
         while not (status := await self._views.task(task_id)).state.terminal:
             if status.state is not State.RUNNING or not status.instance:
                 await anyio.sleep(FOLLOW_PAUSE)

@@ -33,6 +33,9 @@ QUEUE_PATTERN = r"^[a-z0-9-]{1,24}$"
 #: Names that keys of our own use beside the queues' streams.
 RESERVED_QUEUES = frozenset({"results", "dead", "events", "ready", "inbox"})
 DEFAULT_QUEUE = "default"
+#: Linux passes no longer argument or variable (MAX_ARG_STRLEN, 128 KiB with its NUL and a
+#: variable's name); some versions of runc hang for ever on one and take the engine's locks along.
+MAX_STRING_BYTES = 126_976
 
 _SIZE_UNITS = {
     "": 1,
@@ -110,9 +113,11 @@ def parse_size(value: Any) -> Any:
     return int(match[1]) * unit
 
 
-def _no_nul(value: str) -> str:
+def _passable(value: str) -> str:
     if "\0" in value:
         raise ValueError("a NUL character can't be passed to a program")
+    if len(value.encode()) > MAX_STRING_BYTES:
+        raise ValueError(f"at most {MAX_STRING_BYTES} bytes can be passed to a program in one string")
     return value
 
 
@@ -149,7 +154,7 @@ def _unsupported(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
+Text = Annotated[str, AfterValidator(_passable)]
 Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0, le=2**53)]
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 #: A field of the contract whose feature is not built: refused, never silently ignored.

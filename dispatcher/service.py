@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from enum import StrEnum
 
 import anyio
@@ -101,6 +102,7 @@ class Dispatcher:
         self._incarnation = secrets.token_hex(4)
         self._born = time.time()
         self._started = False
+        self._healthy = anyio.Event()
         self._draining = anyio.Event()
         self._forced = anyio.Event()
         self._depths: list[QueueInfo] = []
@@ -187,6 +189,7 @@ class Dispatcher:
             telemetry=self.telemetry,
             max_waiting_pulls=settings.max_waiting_pulls,
             infra_max_attempts=settings.infra_max_attempts,
+            on_unreachable=lambda error: self._set_health(Health(ok=False, detail=str(error))),
         )
 
     async def _close(self) -> None:
@@ -217,6 +220,8 @@ class Dispatcher:
 
     async def _read(self, deliveries: TaskGroup) -> None:
         while True:
+            # What can't be run here is left to others.
+            await self._healthy.wait()
             reserved = await self.slots.reserve()
             taken: list[Delivery] = []
             pause = 0.0
@@ -273,12 +278,19 @@ class Dispatcher:
             await anyio.sleep(WATCH_SECONDS)
             await self._look()
 
-    async def _look(self) -> None:
-        """Ask the backend for its health and Redis for the queues' depth."""
-        health = await self.backend.probe()
+    def _set_health(self, health: Health) -> None:
         if health.ok != self.health.ok:
             log.info("backend.health_changed", ok=health.ok, detail=health.detail)
-        self.health = health
+        if health.ok:
+            self._healthy.set()
+        elif self._healthy.is_set():
+            self._healthy = anyio.Event()
+        # Which daemon it was is known also while it is away.
+        self.health = health if health.ok else replace(health, daemon=self.health.daemon)
+
+    async def _look(self) -> None:
+        """Ask the backend for its health and Redis for the queues' depth."""
+        self._set_health(await self.backend.probe())
         try:
             self._depths = await self.views.queues()
         except QueueUnavailable as error:

@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     """Seconds a task may ask for at most."""
     task_retention: Positive = 86_400.0
     """Seconds a finished task's record is kept."""
-    task_max_bytes: Annotated[Size, Field(ge=256, le=16_777_216)] = 65_536
+    task_max_bytes: Annotated[Size, Field(ge=256, le=1_048_576)] = 65_536
     """Size of one task document."""
     queue_max_length: Annotated[int, Field(ge=0)] = 0
     """When so many tasks wait, submissions are refused; 0: no limit. Nothing is ever trimmed."""

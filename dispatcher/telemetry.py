@@ -9,6 +9,7 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Histogram, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.resources import Resource
 from prometheus_client import CollectorRegistry, generate_latest
 
 from dispatcher import __version__
@@ -33,7 +34,11 @@ class Telemetry:
         self._registry = CollectorRegistry()
         reader = PrometheusMetricReader(disable_target_info=True, registry=self._registry)
         view = View(instrument_type=Histogram, aggregation=ExplicitBucketHistogramAggregation(_BUCKETS))
-        self._provider = MeterProvider(metric_readers=[reader], views=[view], shutdown_on_exit=False)
+        # Given outright: left to itself the SDK looks for its resource in threads it waits for.
+        resource = Resource({"service.name": "dispatcher", "service.version": __version__})
+        self._provider = MeterProvider(
+            metric_readers=[reader], views=[view], resource=resource, shutdown_on_exit=False
+        )
         self._meter = self._provider.get_meter("dispatcher", __version__)
         self.finished = self._meter.create_counter(
             "dispatcher_tasks_finished_total", description="Tasks that ended, by queue, state and reason."

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.support.base_image import python_archive
-from tests.support.engine import EngineUnderTest, engine  # noqa: F401 - a fixture
+from tests.support.engine import EngineUnderTest
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -28,7 +28,11 @@ class _Loader(yaml.SafeLoader):
     """Reads compose's ``!reset`` as the value it resets to."""
 
 
-_Loader.add_constructor("!reset", lambda loader, node: loader.construct_sequence(node))
+def _reset(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
+    return loader.construct_sequence(node)
+
+
+_Loader.add_constructor("!reset", _reset)
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def test_image_runs_as_somebody_else_and_can_be_stopped_and_watched() -> None:
 
 
 @pytest.fixture(scope="module")
-def image(engine: EngineUnderTest) -> Iterator[str]:  # noqa: F811
+def image(engine: EngineUnderTest) -> Iterator[str]:
     """The image, built from the Dockerfile as it stands on a base made of this machine's Python."""
     client = engine.client
     repository, _, tag = BASE.partition(":")
@@ -140,7 +144,7 @@ def image(engine: EngineUnderTest) -> Iterator[str]:  # noqa: F811
     client.remove_image(BASE, force=True)
 
 
-def _run(engine: EngineUnderTest, image: str, **options: Any) -> tuple[int, str]:  # noqa: F811
+def _run(engine: EngineUnderTest, image: str, **options: Any) -> tuple[int, str]:
     """Run a container of ``image``, hardened as compose.yaml has it; its exit code and output."""
     client = engine.client
     hardened = client.create_host_config(
@@ -160,7 +164,7 @@ def _run(engine: EngineUnderTest, image: str, **options: Any) -> tuple[int, str]
 class TestImage:
     """The image that the Dockerfile makes."""
 
-    def test_metadata(self, engine: EngineUnderTest, image: str) -> None:  # noqa: F811
+    def test_metadata(self, engine: EngineUnderTest, image: str) -> None:
         config = engine.client.inspect_image(image)["Config"]
         assert config["Entrypoint"] == ["dispatcher"]
         assert config["Cmd"] == ["serve"]
@@ -168,14 +172,14 @@ class TestImage:
         assert config["User"] == "65532:65532"
         assert config["Healthcheck"]["Test"][0] == "CMD"
 
-    def test_command_line_answers(self, engine: EngineUnderTest, image: str) -> None:  # noqa: F811
+    def test_command_line_answers(self, engine: EngineUnderTest, image: str) -> None:
         code, output = _run(engine, image, command=["--help"])
         assert code == 0, output
         assert "serve" in output
 
     def test_package_is_whole_and_its_user_is_nobody(
         self,
-        engine: EngineUnderTest,  # noqa: F811
+        engine: EngineUnderTest,
         image: str,
     ) -> None:
         program = "import os, dispatcher.service, dispatcher.backends.docker; print(os.getuid(), os.getgid())"
@@ -184,7 +188,7 @@ class TestImage:
 
     def test_one_that_does_not_answer_is_unhealthy(
         self,
-        engine: EngineUnderTest,  # noqa: F811
+        engine: EngineUnderTest,
         image: str,
     ) -> None:
         check = engine.client.inspect_image(image)["Config"]["Healthcheck"]["Test"][1:]

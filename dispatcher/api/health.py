@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator, Mapping
 
 import anyio
@@ -15,8 +16,8 @@ from starlette.routing import Route
 
 from dispatcher.errors import ConfigurationError
 
-#: Seconds between looks at whether the server has begun to listen.
-_LOOK = 0.02
+#: Seconds for answers under way when the server ends.
+_SHUTDOWN_TIMEOUT = 1
 #: Connections at once; a prober and a scraper need two.
 _MAX_CONNECTIONS = 64
 
@@ -56,27 +57,24 @@ async def serve(
 
     Raises ConfigurationError if the port can't be listened on.
     """
+    try:
+        listener = socket.create_server((host, port), backlog=_MAX_CONNECTIONS)
+    except OSError as error:
+        raise ConfigurationError([f"HEALTH_PORT: can't listen on {host}:{port}: {error.strerror}"]) from error
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         lifespan="off",
         limit_concurrency=_MAX_CONNECTIONS,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT,
     )
     server = _Server(config)
-
-    async def listening(scope: anyio.CancelScope) -> None:
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event to wait for
-            await anyio.sleep(_LOOK)
-        task_status.started()
-
+    # It listens already: who connects from now on is answered as soon as uvicorn runs.
+    task_status.started()
     try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(listening, group.cancel_scope, name="health listening")
-            await server.serve()
-            group.cancel_scope.cancel()
-    except* SystemExit as exits:  # uvicorn's way to say that it could not bind
-        raise ConfigurationError([f"HEALTH_PORT: can't listen on {host}:{port}"]) from exits
+        await server.serve(sockets=[listener])
+    finally:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(2 * _SHUTDOWN_TIMEOUT):
+            await server.shutdown(sockets=[listener])
+        listener.close()

@@ -1,9 +1,8 @@
 """Containers on a Docker engine.
 
-The verbs read from top to bottom here. The engine's client and its threads are in
-``docker_client``; who waits for an end is woken by ``docker_watcher``; what a container
-looks like is in ``docker_spec``, what comes in pieces in ``docker_streams``, and what an
-error means in ``docker_errors``.
+The verbs are here; beside it, ``docker_client`` has the engine's client and its threads,
+``docker_watcher`` wakes who waits for an end, ``docker_spec`` knows what a container looks
+like, ``docker_streams`` what comes in pieces, and ``docker_errors`` what an error means.
 """
 
 from __future__ import annotations
@@ -15,22 +14,13 @@ from typing import Any
 
 import anyio
 import structlog
-from anyio import from_thread
 from anyio.abc import TaskGroup, TaskStatus
 from docker import APIClient
-from docker.errors import APIError, NotFound, create_api_error_from_http_exception
-from requests import HTTPError
+from docker.errors import APIError, NotFound
 
 from dispatcher.backends.base import Capabilities, Confirm, OnProgress
-from dispatcher.backends.docker_client import LAUNCH_TIMEOUT, Engine, StreamClient
-from dispatcher.backends.docker_errors import (
-    explanation,
-    is_conflict,
-    sort_create,
-    sort_pull,
-    sort_pull_message,
-    sort_start,
-)
+from dispatcher.backends.docker_client import LAUNCH_TIMEOUT, Engine
+from dispatcher.backends.docker_errors import explanation, is_conflict, sort_create, sort_pull, sort_start
 from dispatcher.backends.docker_spec import (
     NAMESPACE_LABEL,
     container_config,
@@ -41,9 +31,8 @@ from dispatcher.backends.docker_spec import (
     has_ended,
     needs_image_user,
     oom_may_follow,
-    pull_arguments,
 )
-from dispatcher.backends.docker_streams import OutputPipe, PullReader, log_frames
+from dispatcher.backends.docker_streams import OutputPipe, pull, read_log
 from dispatcher.backends.docker_watcher import Watcher
 from dispatcher.errors import (
     BackendError,
@@ -76,7 +65,7 @@ OOM_SETTLE = 1.0
 TIDY_TIMEOUT = 5.0
 #: How often a launch looks again at a name that changes hands under it, and the seconds
 #: between: in all some 6 s, more than the removal of a container takes.
-_LOOKS = 8
+_LOOKS = 7
 _LOOK_INTERVAL = 0.05
 
 
@@ -128,7 +117,7 @@ class DockerBackend:
     async def probe(self) -> Health:
         """See ``Backend.probe``."""
         try:
-            info = await self._engine.call(APIClient.info, timeout=PROBE_TIMEOUT)
+            info = await self._engine.call(APIClient.info, within=PROBE_TIMEOUT)
         except BackendError as error:
             return Health(ok=False, detail=str(error))
         self._daemon = str(info["ID"])
@@ -149,7 +138,7 @@ class DockerBackend:
         """See ``Backend.image_obtainable``."""
         inspect = partial(APIClient.inspect_distribution, image=engine_name(image))
         try:
-            await self._engine.call(inspect, timeout=OBTAINABLE_TIMEOUT, sort=sort_pull)
+            await self._engine.call(inspect, within=OBTAINABLE_TIMEOUT, sort=sort_pull)
         except BackendError:
             return False
         return True
@@ -157,7 +146,7 @@ class DockerBackend:
     async def prepare(self, image: str, on_progress: OnProgress) -> None:
         """See ``Backend.prepare``. Each call of ``on_progress`` means that something moved."""
         await self._engine.stream(
-            partial(_pull, image=image, on_progress=on_progress), limiter=self._engine.pulls, sort=sort_pull
+            partial(pull, image=image, on_progress=on_progress), limiter=self._engine.pulls, sort=sort_pull
         )
         # A stream that broke off between two lines looks like one that ended.
         if not await self.image_present(image):
@@ -201,7 +190,7 @@ class DockerBackend:
                 raise
             return str(made["Id"])
 
-        container_id = await self._engine.call(create, timeout=LAUNCH_TIMEOUT, sort=sort_create)
+        container_id = await self._engine.call(create, within=LAUNCH_TIMEOUT, sort=sort_create)
         if container_id is None:
             return None
         return Handle(
@@ -221,11 +210,8 @@ class DockerBackend:
         except ContainerGone:
             return None
         handle = handle_of(found, self._daemon, adopted=True)
-        if (handle.namespace, handle.task_id, handle.attempt) != (
-            attempt.namespace,
-            attempt.task_id,
-            attempt.number,
-        ):
+        wanted = (attempt.namespace, attempt.task_id, attempt.number)
+        if (handle.namespace, handle.task_id, handle.attempt) != wanted:
             raise ForeignContainer(f"{attempt.name} is a container of another dispatcher or task")
         if handle.phase is not Phase.CREATED:
             return handle
@@ -247,7 +233,7 @@ class DockerBackend:
             # Not abandoned: once a launch has raised, nothing of it starts any more.
             await self._engine.call(
                 partial(APIClient.start, container=created.container_id),
-                timeout=LAUNCH_TIMEOUT,
+                within=LAUNCH_TIMEOUT,
                 abandon=False,
                 sort=sort_start,
             )
@@ -280,7 +266,15 @@ class DockerBackend:
 
     async def wait(self, handle: Handle) -> Exit:
         """See ``Backend.wait``."""
-        settled = False
+        found = await self._ended(handle)
+        if oom_may_follow(found):
+            with self._watcher.watching(handle.container_id) as woken, anyio.move_on_after(OOM_SETTLE):
+                await woken.wait()
+            found = await self._ended(handle)
+        return exit_of(found)
+
+    async def _ended(self, handle: Handle) -> dict[str, Any]:
+        """The container as it is inspected once it has ended."""
         while True:
             with self._watcher.watching(handle.container_id) as woken:
                 try:
@@ -289,15 +283,10 @@ class DockerBackend:
                     raise
                 except BackendError as error:
                     # The list taken after the engine is back wakes us again.
-                    log.info("docker.wait_unanswered", container_id=handle.container_id, error=str(error))
+                    log.debug("docker.wait_unanswered", container_id=handle.container_id, error=str(error))
                 else:
-                    if has_ended(found) and (settled or not oom_may_follow(found)):
-                        return exit_of(found)
                     if has_ended(found):
-                        with anyio.move_on_after(OOM_SETTLE):
-                            await woken.wait()
-                        settled = True
-                        continue
+                        return found
                 await woken.wait()
 
     async def stop(self, handle: Handle, grace: float) -> None:
@@ -306,11 +295,11 @@ class DockerBackend:
             if grace > 0:
                 await self._kill(handle, "SIGTERM")
                 with anyio.move_on_after(grace):
-                    await self.wait(handle)
+                    await self._ended(handle)
                     return
             await self._kill(handle, "SIGKILL")
             with anyio.fail_after(KILL_TIMEOUT):
-                await self.wait(handle)
+                await self._ended(handle)
         except ContainerGone:
             return
         except TimeoutError:
@@ -346,7 +335,7 @@ class DockerBackend:
                 return False
             return True
 
-        return await self._engine.call(remove, timeout=LAUNCH_TIMEOUT)
+        return await self._engine.call(remove, within=LAUNCH_TIMEOUT)
 
     async def _discard_quietly(self, handle: Handle) -> bool:
         """As ``_discard``, where another error is already on its way."""
@@ -361,7 +350,8 @@ class DockerBackend:
     async def find(self, namespace: str) -> list[Handle]:
         """See ``Backend.find``."""
         handles = []
-        for listed in await self._engine.call(partial(_labelled, namespace=namespace)):
+        filters = {"label": f"{NAMESPACE_LABEL}={namespace}"}
+        for listed in await self._engine.call(partial(APIClient.containers, all=True, filters=filters)):
             try:
                 # One that hangs in its start can't be inspected, and must not hide the others.
                 handle = created_handle_of(listed, self._daemon)
@@ -374,10 +364,8 @@ class DockerBackend:
         return handles
 
     async def _inspect(self, name_or_id: str) -> dict[str, Any]:
-        found: dict[str, Any] = await self._engine.call(
-            partial(APIClient.inspect_container, container=name_or_id)
-        )
-        return found
+        inspect = partial(APIClient.inspect_container, container=name_or_id)
+        return dict(await self._engine.call(inspect))
 
     async def logs(self, handle: Handle, *, follow: bool) -> AsyncIterator[bytes]:
         """See ``Backend.logs``. Waits while LOG_READERS others are being read."""
@@ -398,7 +386,7 @@ class DockerBackend:
         try:
             with pipe.reader:
                 await self._engine.stream(
-                    partial(_read_log, container_id=handle.container_id, follow=follow, pipe=pipe),
+                    partial(read_log, container_id=handle.container_id, follow=follow, pipe=pipe),
                     limiter=self._engine.log_readers,
                 )
                 error = None
@@ -406,39 +394,3 @@ class DockerBackend:
             error = failed
         finally:
             pipe.end(error)
-
-
-def _labelled(client: APIClient, namespace: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = client.containers(
-        all=True, filters={"label": f"{NAMESPACE_LABEL}={namespace}"}
-    )
-    return found
-
-
-def _pull(client: StreamClient, image: str, on_progress: OnProgress) -> None:
-    """In a thread: pull, and raise also what the engine only says inside the stream."""
-    repository, tag_or_digest = pull_arguments(image)
-    reader = PullReader(image)
-    for line in client.pull(repository, tag=tag_or_digest, stream=True, decode=True):
-        if error := line.get("error"):
-            raise sort_pull_message(str(error))
-        if progress := reader.read(line):
-            from_thread.run_sync(on_progress, progress)
-
-
-def _read_log(client: StreamClient, container_id: str, follow: bool, pipe: OutputPipe) -> None:
-    """In a thread: read a log to its end.
-
-    Not by the library's ``logs``, which takes a broken stream for one that ended.
-    """
-    answer = client.get(
-        f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs",
-        params={"stdout": 1, "stderr": 1, "follow": int(follow)},
-        stream=True,
-    )
-    try:
-        answer.raise_for_status()
-    except HTTPError as error:
-        create_api_error_from_http_exception(error)
-    for piece in log_frames(answer.raw):
-        pipe.put(piece)

@@ -87,6 +87,12 @@ class StreamClient(docker.APIClient):
         super().close()
 
 
+def _without_proxies(client: docker.APIClient) -> None:
+    """Spare a socket on this host the look for proxies and ~/.netrc: a fifth of each call."""
+    if client.base_url.startswith("http+docker:"):
+        client.trust_env = False
+
+
 class Engine:
     """One Docker engine. Safe to use from any task of one event loop."""
 
@@ -120,11 +126,11 @@ class Engine:
         self,
         work: Callable[[docker.APIClient], T],
         *,
-        timeout: float = CONTROL_TIMEOUT,
+        within: float = CONTROL_TIMEOUT,
         abandon: bool = True,
         sort: Sorter = sort_error,
     ) -> T:
-        """Do ``work`` in a control thread, in at most ``timeout`` seconds.
+        """Do ``work`` in a control thread, in at most ``within`` seconds.
 
         ``abandon``: whether a cancelled caller leaves at once, while the request may still
         take effect; otherwise it waits for the answer.
@@ -133,15 +139,15 @@ class Engine:
 
         def in_thread() -> T:
             try:
-                return work(self._client(timeout))
+                return work(self._client(within))
             except LIBRARY_ERRORS as error:
                 raise sort(error) from error
 
         try:
-            with anyio.fail_after(timeout):
+            with anyio.fail_after(within):
                 return await to_thread.run_sync(in_thread, limiter=self._control, abandon_on_cancel=abandon)
         except TimeoutError:
-            raise BackendUnreachable(f"the Docker engine did not answer within {timeout:g} s") from None
+            raise BackendUnreachable(f"the Docker engine did not answer within {within:g} s") from None
 
     async def stream(
         self,
@@ -192,6 +198,7 @@ class Engine:
         client = docker.APIClient(
             timeout=math.ceil(timeout), max_pool_size=self._pool_size, **self._client_arguments()
         )
+        _without_proxies(client)
         with self._lock:
             outdated = self._clients.get(timeout)
             self._clients[timeout] = client

@@ -10,8 +10,13 @@ from typing import Any, Protocol
 
 import anyio
 from anyio import from_thread
+from docker.errors import create_api_error_from_http_exception
+from requests import HTTPError
 
-from dispatcher.backends.base import PullProgress
+from dispatcher.backends.base import OnProgress, PullProgress
+from dispatcher.backends.docker_client import StreamClient
+from dispatcher.backends.docker_errors import sort_pull_message
+from dispatcher.backends.docker_spec import pull_arguments, unix_time
 from dispatcher.errors import BackendError
 
 #: Seconds between two reports of a pull; an engine writes hundreds of lines in each.
@@ -68,6 +73,17 @@ class PullReader:
             layers_done=sum(status in _DONE for status in self._status.values()),
             layers_total=len(self._status),
         )
+
+
+def pull(client: StreamClient, image: str, on_progress: OnProgress) -> None:
+    """In a thread: pull, and raise also what the engine only says inside the stream."""
+    repository, tag_or_digest = pull_arguments(image)
+    reader = PullReader(image)
+    for line in client.pull(repository, tag=tag_or_digest, stream=True, decode=True):
+        if error := line.get("error"):
+            raise sort_pull_message(str(error))
+        if progress := reader.read(line):
+            from_thread.run_sync(on_progress, progress)
 
 
 class Readable(Protocol):
@@ -161,3 +177,25 @@ class OutputPipe:
         if self._put - self._taken > READ_AHEAD:
             self._room = anyio.Event()
             await self._room.wait()
+
+
+def read_log(client: StreamClient, container_id: str, follow: bool, pipe: OutputPipe) -> None:
+    """In a thread: read a log to its end.
+
+    Not by the library's ``logs``, which takes a broken stream for one that ended.
+    """
+    params: dict[str, Any] = {"stdout": 1, "stderr": 1, "follow": int(follow)}
+    if not follow and client.inspect_container(container_id)["State"]["Running"]:
+        # Else one that writes faster than we read is read for ever. By the engine's own clock.
+        params["until"] = unix_time(client.info()["SystemTime"])
+    answer = client.get(
+        f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs",
+        params=params,
+        stream=True,
+    )
+    try:
+        answer.raise_for_status()
+    except HTTPError as error:
+        create_api_error_from_http_exception(error)
+    for piece in log_frames(answer.raw):
+        pipe.put(piece)

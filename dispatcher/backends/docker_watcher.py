@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 import structlog
 from anyio import from_thread
+from urllib3.exceptions import ReadTimeoutError
 
 from dispatcher.backends.docker_client import Engine, StreamClient
 from dispatcher.backends.docker_spec import NAMESPACE_LABEL, unix_time
@@ -79,24 +80,30 @@ class Watcher:
             try:
                 if self._seen is None:
                     self._seen = await self._engine.call(_engine_time)
-                await self._engine.stream(
+                silent = await self._engine.stream(
                     self._read_events, limiter=self._engine.watching, silence=EVENTS_SILENCE
                 )
+                if silent:
+                    continue
             except BackendError as lost:
                 error = str(lost)
             self._failures += 1
-            log.info("docker.events_lost", failures=self._failures, error=error)
+            log.warning("docker.events_lost", failures=self._failures, error=error)
             self._engine.forget_version()
             backoff = min(_BACKOFF_MAX, _BACKOFF_INITIAL * 2 ** min(self._failures, 10))
             # Every instance of an engine loses it in the same moment: come back apart.
             await anyio.sleep(random.uniform(backoff / 2, backoff))  # noqa: S311
 
-    def _read_events(self, client: StreamClient) -> None:
-        """In a thread: pass the events on until the stream ends."""
+    def _read_events(self, client: StreamClient) -> bool:
+        """In a thread: pass the events on until the stream ends. Whether it was only silent."""
         events: Any = client.events(since=self._seen, filters=_EVENTS, decode=True)
         from_thread.run_sync(self._connected)
-        for event in events:
-            from_thread.run_sync(self._ended, event["id"], event["time"])
+        try:
+            for event in events:
+                from_thread.run_sync(self._ended, event["id"], event["time"])
+        except ReadTimeoutError:
+            return True
+        return False
 
     def _connected(self) -> None:
         self._failures = 0
@@ -123,7 +130,7 @@ class Watcher:
             try:
                 running = await self._engine.call(_running)
             except BackendError as error:
-                log.info("docker.relist_failed", error=str(error))
+                log.warning("docker.relist_failed", error=str(error))
                 continue
             for container_id in waited_for - running:
                 self._wake(container_id)

@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import grp
 import os
-import pwd
-import re
 import signal
 import sys
-import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -33,11 +29,11 @@ from anyio.abc import TaskGroup, TaskStatus
 from dispatcher.backends import process_wrapper as wrapper
 from dispatcher.backends.base import Capabilities, Confirm, OnProgress
 from dispatcher.backends.process_directory import AttemptDirectories, Name, Record
+from dispatcher.backends.process_spec import specify
 from dispatcher.errors import (
     BackendError,
     BackendUnreachable,
     ContainerGone,
-    LaunchRejected,
     NoCapacity,
     StartFailed,
 )
@@ -46,8 +42,6 @@ from dispatcher.model import Attempt, Exit, Handle, Health, Phase, container_nam
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
-#: What a program's environment holds unless the task says otherwise; a shell's usual default.
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Seconds for an interpreter to start and execute the program, on a host that is very busy.
 START_TIMEOUT = 30.0
 #: Seconds until what was killed has ended; longer only for a process the kernel holds on to.
@@ -60,13 +54,14 @@ LAUNCH_TRIES = 8
 RIVAL_TIMEOUT = 2.0
 #: Seconds between looks at an attempt that somebody else is starting just now.
 LOOK_INTERVAL = 0.02
+#: Seconds between looks at an attempt whose directory can't be read just now.
+ABSENCE_INTERVAL = 1.0
 #: Seconds between looks for new output: as short as the first while there is some, then longer.
 FOLLOW_INTERVALS = (0.02, 0.5)
 #: File operations at the same time; they are short, and a disk gains nothing from more.
 WORKERS = 8
 
 _WRAPPER = (sys.executable, "-I", "-S", "-X", "utf8", wrapper.__file__)
-_NAMESPACE = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,128}")
 _NO_CAPACITY = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 
 
@@ -103,9 +98,12 @@ class ProcessBackend:
             self._daemon = await self._blocking(self._directories.open)
         except BackendError as error:
             raise BackendUnreachable(str(error)) from error
-        async with anyio.create_task_group() as self._tasks:
-            task_status.started()
-            await anyio.sleep_forever()
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                task_status.started()
+                await anyio.sleep_forever()
+        finally:
+            self._tasks = None
 
     async def probe(self) -> Health:
         """See ``Backend.probe``."""
@@ -134,7 +132,7 @@ class ProcessBackend:
         scratch = self._directories.path(name) / wrapper.SCRATCH
         patience = 0.0
         for _ in range(LAUNCH_TRIES):
-            specification = await self._blocking(_specification, attempt, scratch, self._output_max_bytes)
+            specification = await self._blocking(specify, attempt, scratch, self._output_max_bytes)
             if await self._blocking(self._directories.create, name, specification):
                 record = await self._start(name, specification["id"], confirm)
                 if record is not None:
@@ -157,9 +155,18 @@ class ProcessBackend:
 
     async def wait(self, handle: Handle) -> Exit:
         """See ``Backend.wait``."""
-        name = _name(handle)
         while True:
-            record = await self._blocking(self._directories.look, name)
+            try:
+                record = await self._blocking(self._directories.look, _name(handle))
+                if record is not None and record.phase is Phase.RUNNING:
+                    async with self._wrapper(handle) as pidfd:
+                        if pidfd is not None:
+                            await anyio.wait_readable(pidfd)
+                            continue
+            except BackendError:
+                # A disk or descriptors that are wanting say nothing about the task.
+                await anyio.sleep(ABSENCE_INTERVAL)
+                continue
             if record is None or record.creation_id != handle.container_id:
                 raise ContainerGone
             if record.exit is not None:
@@ -168,9 +175,6 @@ class ProcessBackend:
                 raise ContainerGone("its wrapper was killed, and its exit with it")
             if record.phase is Phase.CREATED:
                 raise BackendError("it was not started")
-            async with self._wrapper(handle) as pidfd:
-                if pidfd is not None:
-                    await anyio.wait_readable(pidfd)
 
     async def logs(self, handle: Handle, *, follow: bool) -> AsyncIterator[bytes]:
         """See ``Backend.logs``."""
@@ -357,55 +361,3 @@ async def _reap(pidfd: int) -> None:
 def _signal(pidfd: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended, and that is what is wanted
         signal.pidfd_send_signal(pidfd, number)
-
-
-def _specification(attempt: Attempt, scratch: Path, output_bytes: int) -> wrapper.Specification:
-    """What the wrapper is to run, under a creation id of its own. Raises LaunchRejected."""
-    argv = [*(attempt.entrypoint or ()), *(attempt.command or ())]
-    if not argv:
-        raise LaunchRejected(
-            "entrypoint or command must be given: the process backend does not read the image"
-        )
-    if not _NAMESPACE.fullmatch(attempt.namespace):
-        raise LaunchRejected("the namespace can't be a directory's name")
-    env = {"PATH": DEFAULT_PATH, "HOME": str(scratch.absolute())} | attempt.env
-    try:
-        "".join([*argv, *env.keys(), *env.values()]).encode()
-    except UnicodeEncodeError as error:
-        raise LaunchRejected(f"not valid Unicode: {error.reason}") from error
-    return {
-        "id": uuid.uuid4().hex,
-        "argv": argv,
-        "env": env,
-        "workdir": attempt.workdir,
-        "credentials": None if attempt.user is None else _credentials(attempt.user),
-        "memory": attempt.memory,
-        "output_bytes": output_bytes,
-    }
-
-
-def _credentials(user: str) -> tuple[int, int, list[int]] | None:
-    """uid, gid and groups of ``user``; None if we are it. Raises LaunchRejected."""
-    who, _, group = user.partition(":")
-    try:
-        known = pwd.getpwnam(who) if not who.isdecimal() else None
-        uid = known.pw_uid if known is not None else int(who)
-        if group:
-            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-        else:
-            gid = known.pw_gid if known is not None else _primary_group(uid)
-    except KeyError as error:
-        raise LaunchRejected(f"user {user!r} is not known on this host") from error
-    if (uid, gid) == (os.geteuid(), os.getegid()):
-        return None
-    if os.geteuid() != 0:
-        raise LaunchRejected(f"user {user!r}: only a dispatcher that runs as root can start as another user")
-    return uid, gid, [gid] if group or known is None else os.getgrouplist(known.pw_name, gid)
-
-
-def _primary_group(uid: int) -> int:
-    """The user's group; as in a container, a uid nobody has named belongs to group 0."""
-    try:
-        return pwd.getpwuid(uid).pw_gid
-    except KeyError:
-        return 0

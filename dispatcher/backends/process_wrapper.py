@@ -40,6 +40,7 @@ import select
 import signal
 import sys
 import time
+import warnings  # noqa: F401 - os.execvpe imports it, too late for a user who can't read our library
 from typing import Any, NoReturn, TypedDict
 
 CREATED = "created-"

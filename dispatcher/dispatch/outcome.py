@@ -11,8 +11,8 @@ from dispatcher.queue.store import Action, Budget
 
 #: Pauses between attempts that infrastructure failures cost, in seconds.
 INFRA_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=True)
-#: Seconds before a task is tried again that the backend has no room for.
-NO_CAPACITY_DELAY = 2.0
+#: Seconds before a task is tried again that the backend has no room for, or does not answer to.
+PRESSURE_DELAY = 2.0
 TIMEOUT = "timeout"
 CANCEL = "cancel"
 
@@ -66,12 +66,22 @@ def judge_error(error: BackendError, task: Task, delivery: Delivery, *, infra_ma
     """What follows when the backend could not carry an attempt out."""
     outcome = of_error(error)
     if isinstance(error, NoCapacity):
-        return Verdict("release", outcome, uniform(NO_CAPACITY_DELAY / 2, NO_CAPACITY_DELAY))  # noqa: S311 - jitter
-    verdict = judge(outcome, task, delivery, infra_max_attempts=infra_max_attempts)
-    if isinstance(error, BackendUnreachable) and verdict.action == "retry":
-        # Whether the container was made nobody knows: the same attempt finds out, on the same daemon.
-        return Verdict("detach", outcome, verdict.delay, verdict.budget)
-    return verdict
+        return Verdict("release", outcome, uniform(PRESSURE_DELAY / 2, PRESSURE_DELAY))  # noqa: S311 - jitter
+    if isinstance(error, BackendUnreachable):
+        # Whether the container was made nobody knows: the same attempt finds out, on the same
+        # daemon. That spends no budget: an engine's restart must not cost a task its life.
+        return Verdict("detach", outcome, uniform(PRESSURE_DELAY / 2, PRESSURE_DELAY))  # noqa: S311 - jitter
+    return judge(outcome, task, delivery, infra_max_attempts=infra_max_attempts)
+
+
+def judge_mistake(error: Exception, delivery: Delivery, *, infra_max_attempts: int) -> Verdict:
+    """What follows when the dispatcher itself failed: the same attempt again, within the budget."""
+    message = f"the dispatcher failed: {type(error).__name__}; its log has the details"
+    outcome = Outcome(State.FAILED, Reason.BACKEND_ERROR, message)
+    spent = delivery.infra_failures + 1
+    if spent < infra_max_attempts:
+        return Verdict("detach", outcome, pause(INFRA_BACKOFF, spent), "infra")
+    return Verdict("final", outcome)
 
 
 def pause(backoff: Backoff, failures: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from random import uniform
 
 import anyio
@@ -19,9 +20,24 @@ from dispatcher.backends.base import Backend
 from dispatcher.dispatch.admission import Admission, Admitted
 from dispatcher.dispatch.images import ImageGovernor
 from dispatcher.dispatch.logs import Logs
-from dispatcher.dispatch.outcome import CANCEL, TIMEOUT, Verdict, judge, judge_error, of_exit
+from dispatcher.dispatch.outcome import (
+    CANCEL,
+    TIMEOUT,
+    Verdict,
+    judge,
+    judge_error,
+    judge_mistake,
+    of_exit,
+)
 from dispatcher.dispatch.slots import Slot, Slots
-from dispatcher.errors import BackendError, ImageNotFound, LeaseLost, QueueUnavailable, TaskRefused
+from dispatcher.errors import (
+    BackendError,
+    BackendUnreachable,
+    ImageNotFound,
+    LeaseLost,
+    QueueUnavailable,
+    TaskRefused,
+)
 from dispatcher.model import Attempt, Delivery, Exit, Handle, Outcome, State
 from dispatcher.policy import Policy
 from dispatcher.queue.leases import Lease, LeaseKeeper, Wish
@@ -40,6 +56,7 @@ START_GATE = 2 * (os.cpu_count() or 1)
 REMOVE_TIMEOUT = 30.0
 
 _NOTHING = Outcome(State.QUEUED)
+_CANCELLED = Verdict("final", Outcome(State.CANCELLED, message="cancelled before it started"))
 
 
 class GaveUp(Exception):
@@ -69,6 +86,7 @@ class Pipeline:
         telemetry: Telemetry,
         max_waiting_pulls: int,
         infra_max_attempts: int,
+        on_unreachable: Callable[[BackendUnreachable], None],
     ) -> None:
         self._backend = backend
         self._daemon = daemon
@@ -83,6 +101,7 @@ class Pipeline:
         self._telemetry = telemetry
         self._max_waiting_pulls = max_waiting_pulls
         self._infra_max_attempts = infra_max_attempts
+        self._on_unreachable = on_unreachable
         self._gate = anyio.Semaphore(START_GATE)
 
     async def run(self, delivery: Delivery) -> None:
@@ -97,23 +116,34 @@ class Pipeline:
         )
         try:
             with lease.scope:
-                try:
-                    await self._journey(delivery, lease, slot)
-                except QueueUnavailable as error:
-                    # Nothing was started without Redis' word, so the lease may lapse or be given back.
-                    log.warning("task.redis_away", task_id=lease.task_id, error=str(error))
-                    await self._give_up(
-                        delivery, lease, Verdict("detach" if delivery.daemon else "release", _NOTHING)
-                    )
+                verdict = await self._guarded(delivery, lease, slot)
+                if verdict is not None:
+                    await self._give_up(delivery, lease, verdict)
         except LeaseLost:
             log.warning("task.lost_to_another", task_id=lease.task_id, attempt=delivery.attempt)
-        except Exception:
-            # A mistake of ours: the lease lapses, another instance tries, the log has the trace.
-            log.exception("task.pipeline_failed", task_id=lease.task_id, attempt=delivery.attempt)
         finally:
             self._keeper.forget(lease)
             self._logs.ended(lease.task_id)
             slot.release()
+
+    async def _guarded(self, delivery: Delivery, lease: Lease, slot: Slot) -> Verdict | None:
+        """The journey; what becomes of the delivery if Redis or we ourselves break it off."""
+        try:
+            await self._journey(delivery, lease, slot)
+            return None
+        except LeaseLost:
+            raise
+        except QueueUnavailable as error:
+            # Nothing is started without Redis' word. What was created is found by its name.
+            log.warning("task.redis_away", task_id=lease.task_id, error=str(error))
+            return Verdict("detach" if self._may_have_container(delivery, lease) else "release", _NOTHING)
+        except Exception as error:
+            log.exception("task.pipeline_failed", task_id=lease.task_id, attempt=delivery.attempt)
+            return judge_mistake(error, delivery, infra_max_attempts=self._infra_max_attempts)
+
+    @staticmethod
+    def _may_have_container(delivery: Delivery, lease: Lease) -> bool:
+        return bool(delivery.daemon) or lease.state in {State.STARTING, State.RUNNING}
 
     async def _journey(self, delivery: Delivery, lease: Lease, slot: Slot) -> None:
         handle: Handle | None = None
@@ -137,6 +167,8 @@ class Pipeline:
                 "task.backend_error", task_id=lease.task_id, kind=type(error).__name__, error=str(error)
             )
             verdict = judge_error(error, admitted.task, delivery, infra_max_attempts=self._infra_max_attempts)
+            if isinstance(error, BackendUnreachable):
+                self._on_unreachable(error)
         await self._give_up(delivery, lease, verdict)
         if handle is not None and verdict.action in {"final", "retry"}:
             await self._remove(handle)
@@ -177,6 +209,8 @@ class Pipeline:
 
         async def confirm(handle: Handle) -> None:
             await lease.mark(State.STARTING, {"container": handle.container_id})
+            if lease.wish is Wish.CANCEL and not handle.adopted:
+                raise GaveUp(_CANCELLED)
 
         async with self._gate:
             self._heed(lease, delivery)
@@ -194,7 +228,7 @@ class Pipeline:
         if lease.wish is Wish.DETACH:
             raise GaveUp(Verdict("detach" if delivery.daemon else "release", _NOTHING))
         if lease.wish is Wish.CANCEL and not delivery.daemon:
-            raise GaveUp(Verdict("final", Outcome(State.CANCELLED, message="cancelled before it started")))
+            raise GaveUp(_CANCELLED)
 
     def _attempt(self, delivery: Delivery, lease: Lease, admitted: Admitted) -> Attempt:
         task, grant = admitted.task, admitted.grant
@@ -231,7 +265,7 @@ class Pipeline:
     async def _ended(self, delivery: Delivery, lease: Lease, admitted: Admitted, handle: Handle) -> Outcome:
         """Wait for the container's end, or bring it about when time or patience is over."""
         started = time.time() if handle.started_at is None else handle.started_at
-        await lease.mark(State.RUNNING, {"started": str(round(started * 1000))})
+        await self._note(lease, {"started": str(round(started * 1000))})
         self._logs.running(handle)
         timeout, cause = admitted.grant.timeout, delivery.cause
         ended: Exit | None = None
@@ -243,12 +277,22 @@ class Pipeline:
                 raise GaveUp(Verdict("detach", _NOTHING))
             cause = cause or (CANCEL if lease.wish is Wish.CANCEL else TIMEOUT)
             # The cause is recorded before the signal: whoever collects the exit must know it.
-            await lease.mark(State.RUNNING, {"cause": cause})
+            await self._note(lease, {"cause": cause})
             log.info("task.stopping", task_id=lease.task_id, cause=cause)
             await self._backend.stop(handle, admitted.task.grace_period)
             ended = await self._backend.wait(handle)
         self._telemetry.run.record(max(0.0, ended.finished_at - ended.started_at), {"queue": delivery.queue})
         return of_exit(ended, cause, timeout)
+
+    @staticmethod
+    async def _note(lease: Lease, fields: dict[str, str]) -> None:
+        """Record something of a container that runs; Redis' absence is no reason to leave it."""
+        try:
+            await lease.mark(State.RUNNING, fields)
+        except QueueUnavailable as error:
+            log.warning(
+                "task.note_not_recorded", task_id=lease.task_id, fields=sorted(fields), error=str(error)
+            )
 
     async def _give_up(self, delivery: Delivery, lease: Lease, verdict: Verdict) -> None:
         await lease.give_up(verdict.action, verdict.outcome, delay=verdict.delay, budget=verdict.budget)

@@ -7,6 +7,7 @@ whose reply was lost is done twice. So no connection of ours repeats anything by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -29,17 +30,10 @@ SOCKET_TIMEOUT = 5.0
 #: look like a dead connection.
 BLOCK_TIMEOUT = 2.0
 #: Replies that stand for a state of the server which passes or which an operator mends.
-_PASSING = (
-    "LOADING",
-    "BUSY",
-    "MISCONF",
-    "OOM",
-    "READONLY",
-    "MASTERDOWN",
-    "TRYAGAIN",
-    "CLUSTERDOWN",
-    "UNBLOCKED",
-    "NOREPLICAS",
+#: Redis before 7 wraps what a script met: "Error running script (…): … -OOM command not allowed …".
+_PASSING = re.compile(
+    r"(?:Error running script .* -)?"
+    r"(?:LOADING|BUSY|MISCONF|OOM|READONLY|MASTERDOWN|TRYAGAIN|CLUSTERDOWN|UNBLOCKED|NOREPLICAS)\b"
 )
 
 
@@ -67,13 +61,15 @@ def connect(url: str, *, max_connections: int) -> Redis:
 
 
 def masked(url: str) -> str:
-    """The URL as it may be shown: without its password."""
+    """The URL as it may be shown: without what is or may be a password."""
     parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    user = parts.username or ""
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))
+    user, at, host = parts.netloc.rpartition("@")
+    name, colon, _ = user.partition(":")
+    query = "***" if "password" in parts.query.lower() else parts.query
+    # An '@' anywhere else comes from a password with characters that had to be quoted.
+    if "@" in f"{parts.path}{query}{parts.fragment}":
+        return f"{parts.scheme}://***"
+    return urlunsplit(parts._replace(netloc=f"{name}{':***' if colon else ''}{at}{host}", query=query))
 
 
 @contextmanager
@@ -90,7 +86,9 @@ def sorted_errors() -> Iterator[None]:
     except exceptions.OutOfMemoryError as error:
         raise QueueUnavailable(f"Redis is out of memory: {error}") from error
     except exceptions.ResponseError as error:
-        if str(error).startswith(_PASSING):
+        if match := _PASSING.match(str(error)):
+            if match[0].endswith("OOM"):
+                raise QueueUnavailable(f"Redis is out of memory: {error}") from error
             raise QueueUnavailable(f"Redis can't serve us now: {error}") from error
         raise
 

@@ -133,6 +133,9 @@ class LeaseKeeper:
     def hold(self, delivery: Delivery) -> Lease:
         """Begin to renew the lease that ``take`` gave."""
         lease = Lease(self, delivery)
+        # It may have lapsed and come back to us: what we still do under the old lease is over.
+        if former := self._held.get(lease.task_id):
+            former.heard("lost")
         self._held[lease.task_id] = lease
         return lease
 

@@ -15,6 +15,8 @@ log = structlog.get_logger(__name__)
 
 #: Seconds between ticks; each instance draws its own moment, so that a few share the work.
 TICK_SECONDS = 1.0
+#: A gap of half a lease between ticks counts as a standstill; so there are at least four a lease.
+TICKS_PER_LEASE = 4
 #: A tick never comes sooner than this after the last, however near the next due task is.
 MIN_TICK_SECONDS = 0.01
 
@@ -56,10 +58,11 @@ class Recovery:
 
     async def run(self) -> None:
         """Tick until cancelled."""
-        pause = TICK_SECONDS
+        longest = min(TICK_SECONDS, self._lease_seconds / TICKS_PER_LEASE)
+        pause = longest
         while True:
             await anyio.sleep(pause)
-            pause = uniform(TICK_SECONDS / 2, TICK_SECONDS)  # noqa: S311 - jitter, not a secret
+            pause = uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
             try:
                 tick = await self._tick(self._info())
             except QueueUnavailable as error:

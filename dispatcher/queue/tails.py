@@ -37,6 +37,11 @@ class Tail:
         """Bytes of the beginning that were not kept."""
         return self.total - len(self.data)
 
+    def last(self, lines: int) -> bytes:
+        """The last so many lines of ``data``."""
+        kept = self.data.splitlines(keepends=True) if lines else []
+        return b"".join(kept[-lines:])
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

@@ -13,7 +13,10 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import docker
 import pytest
+import requests.exceptions
+from structlog.testing import capture_logs
 
 from dispatcher.backends.base import PullProgress
 from dispatcher.backends.docker import DockerBackend
@@ -26,7 +29,7 @@ from dispatcher.errors import (
     LaunchRejected,
     StartFailed,
 )
-from dispatcher.model import Attempt, Exit, Handle, Phase
+from dispatcher.model import Exit, Handle, Phase
 from tests.backends.conformance import UNTIL_KILL, UNTIL_TERM, agree, output, run_to_end, running, says
 from tests.backends.docker_harness import DockerHarness
 from tests.support.engine import EngineUnderTest
@@ -293,6 +296,41 @@ async def test_refused_confirmation_removes_what_was_created(
     assert harness.containers() == []
 
 
+async def test_start_whose_answer_is_lost(
+    harness: DockerHarness, backend: DockerBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = docker.APIClient.start
+
+    def lose_answer(client: docker.APIClient, container: str) -> None:
+        start(client, container)
+        raise requests.exceptions.ReadTimeout
+
+    monkeypatch.setattr(docker.APIClient, "start", lose_answer)
+    attempt = harness.attempt("exit 7")
+    async with running(backend):
+        handle, end = await run_to_end(backend, attempt)
+    assert (end.exit_code, handle.adopted) == (7, False)
+    assert await harness.starts(attempt) == 1
+
+
+async def test_start_that_never_reached_the_engine(
+    harness: DockerHarness, backend: DockerBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_request(client: docker.APIClient, container: str) -> None:
+        raise requests.exceptions.ConnectionError
+
+    attempt = harness.attempt("exit 7")
+    async with running(backend):
+        with monkeypatch.context() as patched:
+            patched.setattr(docker.APIClient, "start", lose_request)
+            with pytest.raises(BackendUnreachable):
+                await backend.launch(attempt, agree)
+        assert harness.containers() == []
+        _, end = await run_to_end(backend, attempt)
+    assert end.exit_code == 7
+    assert await harness.starts(attempt) == 1
+
+
 # --- output -----------------------------------------------------------------------------
 
 
@@ -435,7 +473,7 @@ async def test_pull_can_be_cancelled_before_its_first_answer(backend: DockerBack
 
 
 async def test_engine_that_is_not_there() -> None:
-    backend = DockerBackend(base_url="unix:///nonexistent/docker.sock", max_pulls=1)
+    backend = DockerBackend(base_url="tcp://127.0.0.1:1", max_pulls=1)
     health = await backend.probe()
     assert not health.ok
     assert health.detail
@@ -527,6 +565,17 @@ async def test_lost_event_stream_is_followed_again(harness: DockerHarness, engin
                     assert (await backend.wait(handle)).exit_code == 3
 
 
+async def test_silence_is_no_loss(
+    harness: DockerHarness, backend: DockerBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dispatcher.backends.docker_watcher.EVENTS_SILENCE", 0.2)
+    with capture_logs() as logged:
+        async with running(backend):
+            _, end = await run_to_end(backend, harness.attempt("sleep 1; exit 3"))
+    assert end.exit_code == 3
+    assert [entry["event"] for entry in logged if entry["event"].startswith("docker.events")] == []
+
+
 async def test_probe_of_an_engine_that_hangs_is_bounded(
     harness: DockerHarness, engine: EngineUnderTest, backend: DockerBackend
 ) -> None:
@@ -559,15 +608,14 @@ async def test_waiting_for_many_holds_no_thread(harness: DockerHarness) -> None:
         found = await backend.find(harness.namespace)
         return [one.phase for one in found] == [Phase.RUNNING] * count
 
-    async with running(backend):
-        async with anyio.create_task_group() as tasks:
-            for _ in range(count):
-                tasks.start_soon(one)
-            await wait_until(all_run, timeout=30)
-            began = time.monotonic()
-            assert await backend.image_present(harness.engine.image)
-            assert time.monotonic() - began < 1
-            for handle in await backend.find(harness.namespace):
-                await says(backend, handle, b"ready")
-                tasks.start_soon(backend.stop, handle, 10)
+    async with running(backend), anyio.create_task_group() as tasks:
+        for _ in range(count):
+            tasks.start_soon(one)
+        await wait_until(all_run, timeout=30)
+        began = time.monotonic()
+        assert await backend.image_present(harness.engine.image)
+        assert time.monotonic() - began < 1
+        for handle in await backend.find(harness.namespace):
+            await says(backend, handle, b"ready")
+            tasks.start_soon(backend.stop, handle, 10)
     assert ends == [3] * count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -19,10 +20,10 @@ import anyio.to_thread
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from dispatcher.backends import process_wrapper
+from dispatcher.backends import process, process_wrapper
 from dispatcher.backends.process import ProcessBackend
-from dispatcher.backends.process_directory import AttemptDirectories, Name
-from dispatcher.errors import BackendError, ContainerGone, LaunchRejected, StartFailed
+from dispatcher.backends.process_directory import AttemptDirectories, Name, Record
+from dispatcher.errors import BackendError, ContainerGone, LaunchRejected, NoCapacity, StartFailed
 from dispatcher.model import Attempt, Handle, Phase
 from tests.backends.conformance import (
     UNTIL_KILL,
@@ -209,9 +210,11 @@ async def test_other_user(harness: ProcessHarness) -> None:
         assert end.exit_code == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can become any user")
-async def test_other_user_without_the_right_to(harness: ProcessHarness) -> None:
+async def test_other_user_without_the_right_to(
+    harness: ProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = harness.backend()
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
     async with running(backend):
         with pytest.raises(LaunchRejected, match="only a dispatcher that runs as root"):
             await backend.launch(harness.attempt(":", user="0"), agree)
@@ -494,3 +497,42 @@ async def test_probe_of_a_root_that_is_gone(harness: ProcessHarness) -> None:
         health = await backend.probe()
     assert not health.ok
     assert str(harness.root) in health.detail
+
+
+async def test_waiting_outlasts_a_directory_that_cannot_be_read(
+    harness: ProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = harness.backend()
+    monkeypatch.setattr(process, "ABSENCE_INTERVAL", 0.01)
+    looks: list[Name] = []
+    look = AttemptDirectories.look
+
+    def failing_twice(self: AttemptDirectories, name: Name) -> Record | None:
+        looks.append(name)
+        if len(looks) <= 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return look(self, name)
+
+    async with running(backend):
+        handle = await backend.launch(harness.attempt("exit 3"), agree)
+        monkeypatch.setattr(AttemptDirectories, "look", failing_twice)
+        assert (await backend.wait(handle)).exit_code == 3
+    assert len(looks) >= 3
+
+
+async def test_no_room_for_another_process(harness: ProcessHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told as backpressure, and the next try is a start like any other."""
+    backend = harness.backend()
+    attempt = harness.attempt("exit 0")
+
+    def refuse(*_: object, **__: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    async with running(backend):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_spawn", refuse)
+            with pytest.raises(NoCapacity):
+                await backend.launch(attempt, agree)
+        assert await backend.find(attempt.namespace) == []
+        _, end = await run_to_end(backend, attempt)
+        assert end.exit_code == 0

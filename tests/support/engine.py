@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tarfile
 import tempfile
@@ -34,10 +35,10 @@ IMAGE = "dispatcher-test/busybox:1"
 #: Seconds for a private dockerd to answer, and to end.
 START_TIMEOUT = 60
 END_TIMEOUT = 20
-APPLETS = (
-    "cat chmod dd echo env false grep head id kill ls mkdir nproc printf ps pwd rm seq sh sleep "
-    "sort tail touch tr true wc yes"
-).split()
+APPLETS = """
+    cat chmod dd echo env false grep head id kill ls mkdir nproc printf ps pwd rm seq sh sleep
+    sort tail touch tr true wc yes
+"""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def image_archive(extra: dict[str, bytes] | None = None) -> bytes:
             entry = tarfile.TarInfo(path)
             entry.size, entry.mode = len(content), 0o755
             tar.addfile(entry, io.BytesIO(content))
-        for applet in APPLETS:
+        for applet in APPLETS.split():
             entry = tarfile.TarInfo(f"bin/{applet}")
             entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
             tar.addfile(entry)
@@ -128,8 +129,8 @@ def _any_engine() -> Iterator[tuple[docker.APIClient, str, str, int | None]]:
             client = docker.APIClient(**arguments)
         except docker.errors.DockerException as error:
             pytest.skip(
-                f"no container engine: TEST_DOCKER_HOST is not set, dockerd can't be started ({_why_none()}), "
-                f"and {base_url} does not answer: {error}"
+                f"no container engine: TEST_DOCKER_HOST is not set, dockerd can't be started "
+                f"({_why_none()}), and {base_url} does not answer: {error}"
             )
         with contextlib.closing(client):
             yield client, base_url, "none", None
@@ -182,17 +183,19 @@ def private_engine() -> Iterator[tuple[docker.APIClient, str, int]]:
 def _answering(base_url: str, process: subprocess.Popen[bytes], output: Path) -> docker.APIClient:
     deadline = time.monotonic() + START_TIMEOUT
     while process.poll() is None and time.monotonic() < deadline:
-        try:
-            return docker.APIClient(base_url)
-        except (docker.errors.DockerException, requests.exceptions.RequestException):
-            time.sleep(0.05)
+        # The client library forgets to close a socket that nobody listens to.
+        with socket.socket(socket.AF_UNIX) as knock:
+            if knock.connect_ex(base_url.removeprefix("unix://")) == 0:
+                return docker.APIClient(base_url, timeout=START_TIMEOUT)
+        time.sleep(0.05)
     lines = output.read_text(errors="replace").splitlines()
     pytest.skip(f"dockerd does not start here: {lines[-1] if lines else 'it says nothing'}")
 
 
 def _remove_containers(client: docker.APIClient) -> None:
-    for container in client.containers(all=True):
-        with contextlib.suppress(docker.errors.APIError):
+    # A test may have taken the engine away.
+    with contextlib.suppress(requests.exceptions.RequestException):
+        for container in client.containers(all=True):
             client.remove_container(container["Id"], force=True, v=True)
 
 

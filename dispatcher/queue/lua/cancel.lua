@@ -7,22 +7,30 @@ local id = ARGV[1]
 -- A plain entry that nobody has taken has no record yet: its id tells where it lies.
 local function record_of_entry()
   local queue, entry = string.match(id, '^([a-z0-9-]+)%.(%d+%-%d+)$')
-  local found = queue and redis.call('XRANGE', stream_of(queue), entry, entry)[1]
-  if not found then
+  if not queue or not registered(queue) then
+    return false -- the names of other streams of ours are not registered
+  end
+  local found = redis.pcall('XRANGE', stream_of(queue), entry, entry) -- fails for a number past 64 bits
+  if found.err or not found[1] then
     return false
   end
-  local document = ''
-  for i = 1, #found[2], 2 do
-    if found[2][i] == 'task' then
-      document = found[2][i + 1]
+  local document, traceparent, fields = '', '', found[1][2]
+  for i = 1, #fields, 2 do
+    if fields[i] == 'ref' then
+      return false -- it carries a task that has an id of its own
+    elseif fields[i] == 'task' then
+      document = fields[i + 1]
+    elseif fields[i] == 'traceparent' then
+      traceparent = fields[i + 1]
     end
   end
   local accepted = string.match(entry, '^(%d+)-')
   redis.call('HSET', record_key(id), 'queue', queue, 'state', 'queued', 'accepted', accepted, 'attempt', '1',
-    'source', entry, 'entry', entry, 'doc', document)
+    'source', entry, 'entry', entry, 'doc', document, 'traceparent', traceparent)
   return true
 end
 
+go_on_without_memory()
 if redis.call('EXISTS', record_key(id)) == 0 and not record_of_entry() then
   return { 'unknown', '' }
 end
@@ -37,7 +45,6 @@ if state == '' then
 elseif ENDED[state] then
   return { 'ended', state }
 end
-go_on_without_memory()
 redis.call('HSET', record_key(id), 'cancel', '1')
 if owner ~= '' then
   local instance = string.match(owner, '^(.*)/[^/]*/[^/]*$')

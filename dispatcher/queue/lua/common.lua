@@ -86,8 +86,11 @@ end
 -- Puts a task that comes back ahead of the streams; one that has a container waits for an
 -- instance on that container's daemon, in the state the container is in.
 local function put_back(id)
-  local r = fields_of(id, 'queue', 'accepted', 'daemon')
+  local r = fields_of(id, 'queue', 'accepted', 'daemon', 'state')
   if r[3] ~= '' then
+    if r[4] == 'scheduled' then
+      redis.call('HSET', record_key(id), 'state', 'queued')
+    end
     redis.call('ZADD', inbox_of(r[3]), r[2], id)
   else
     redis.call('HSET', record_key(id), 'state', 'queued')

@@ -18,7 +18,9 @@ end
 
 local function settle(id, owner, action, state, reason, message, exit_code, started, finished, dead, delay, budget)
   local r = fields_of(id, 'owner', 'settled')
-  if r[1] ~= owner then
+  if owner == '' then
+    return 'lost' -- nobody's token: what lies in no hands would match it
+  elseif r[1] ~= owner then
     return r[2] == owner and 'ok' or 'lost'
   end
   disown(id, owner)

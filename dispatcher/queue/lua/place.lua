@@ -3,14 +3,30 @@
 --   not_before_ms, key.
 -- Returns {verdict, id}: held (go on under id); moved (it waits elsewhere now); known (the
 --   same task stands already, this one is dropped and its id points there); conflict,
---   unknown_queue (nothing changed); lost.
+--   unknown_queue (nothing changed); lost. A repeated call answers the same again.
 
 local held, owner, wanted, digest, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local delay, not_before, key = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 
 local r = fields_of(held, 'owner', 'queue', 'accepted')
-if r[1] ~= owner then
+
+-- What this very call answered before, if its reply was lost.
+local function repeated()
+  local id = wanted ~= '' and wanted or held
+  local before = fields_of(id, 'owner', 'settled')
+  local alias = fields_of(held, 'alias')[1]
+  if alias ~= '' then
+    return { 'known', alias }
+  elseif before[1] == owner then
+    return { 'held', id }
+  elseif before[2] == owner then
+    return { 'moved', id }
+  end
   return { 'lost', held }
+end
+
+if r[1] ~= owner then
+  return repeated()
 end
 
 local function merge_into(id)

@@ -10,7 +10,7 @@ local i = 2
 while i <= #ARGV do
   local id, owner, count = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
   local r = fields_of(id, 'owner', 'cancel')
-  if r[1] ~= owner then
+  if owner == '' or r[1] ~= owner then
     answers[#answers + 1] = 'lost'
   else
     redis.call('ZADD', LEASES, int(now + lease), id)

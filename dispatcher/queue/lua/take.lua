@@ -9,6 +9,7 @@
 local group, instance, incarnation = ARGV[1], ARGV[2], ARGV[3]
 local lease, wanted, daemon = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local FIRST_QUEUE = 7
+local MAX_UNPACK = 1000 -- Lua's stack holds less than 8000 values
 local max_bytes = limits().max_bytes
 local now = now_ms()
 local taken = {}
@@ -69,6 +70,7 @@ local function share_out(queues, n)
       if q.left > 0 and (q.weight == 0) == idle then
         local weight = idle and 1 or q.weight
         credit[q.name] = (credit[q.name] or 0) + weight
+        q.weighed = true
         total = total + weight
         if not best or credit[q.name] > credit[best.name] then
           best = q
@@ -87,7 +89,7 @@ local function share_out(queues, n)
     end
   end
   for _, q in ipairs(queues) do
-    if q.picks > 0 then
+    if q.weighed then -- who was passed over as well: it is owed its turn by the next call
       redis.call('HSET', BASE .. 'meta:turns', q.name, int(credit[q.name]))
     end
   end
@@ -132,9 +134,9 @@ local function adopt_entry(q, entry, fields)
     record[#record + 1] = name
     record[#record + 1] = value
   end
-  local oversize = size > max_bytes + 1024 and size or (#original > max_bytes and #original or 0)
+  local oversize = #original > max_bytes and #original or (size > max_bytes + 1024 and size or 0)
   if oversize > 0 then
-    set('doc_size', int(oversize))
+    set('doc_size', int(#original))
     set('doc_sha1', redis.sha1hex(original))
     fields, traceparent, tracestate = {}, '', ''
   else
@@ -161,9 +163,10 @@ local function take_entries(q, entries)
       adopt_entry(q, id, fields)
     end
   end
-  if #ids > 0 then
-    redis.call('XACK', stream_of(q.name), group, unpack(ids))
-    redis.call('XDEL', stream_of(q.name), unpack(ids))
+  for first = 1, #ids, MAX_UNPACK do
+    local last = math.min(#ids, first + MAX_UNPACK - 1)
+    redis.call('XACK', stream_of(q.name), group, unpack(ids, first, last))
+    redis.call('XDEL', stream_of(q.name), unpack(ids, first, last))
   end
 end
 

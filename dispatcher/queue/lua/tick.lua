@@ -64,10 +64,12 @@ local function take_over()
   local lapsed = redis.call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, limit)
   for _, id in ipairs(lapsed) do
     local owner = fields_of(id, 'owner')[1]
-    disown(id, '')
     if owner ~= '' then
+      disown(id, '')
       redis.call('HINCRBY', record_key(id), 'takeovers', 1)
       put_back(id)
+    else
+      redis.call('ZREM', LEASES, id) -- somebody deleted its record
     end
   end
   return #lapsed

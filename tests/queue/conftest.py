@@ -1,0 +1,233 @@
+"""A queue under test, and what must hold of its keys when a test is over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any, Literal, cast
+
+import pytest
+import redis
+from redis.crc import key_slot
+
+from dispatcher.errors import QueueUnavailable
+from dispatcher.model import Delivery, Outcome, Reason, State, Task
+from dispatcher.queue.store import Action, Budget, Limits, Settlement, Store, Submission, Tick
+from tests.support.redis_server import RedisUnderTest
+
+STREAM = "dispatcher:tasks"
+GROUP = "dispatchers"
+WEIGHTS = {"high": 6, "default": 3, "low": 1}
+LEASE = 30.0
+LIMITS = Limits()
+SUCCESS = Outcome(State.SUCCEEDED, exit_code=0, started_at=1_700_000_000.25, finished_at=1_700_000_001.5)
+FAILURE = Outcome(State.FAILED, Reason.EXIT, "exit code 3", 3, 1_700_000_000.0, 1_700_000_002.0)
+POISONED = Outcome(State.FAILED, Reason.INVALID, "image: not a reference")
+
+
+class QueueUnderTest:
+    """The store, and a plain client beside it that looks at the keys and breaks them."""
+
+    def __init__(self, server: RedisUnderTest) -> None:
+        self.server = server
+        self.redis = server.client()
+        self.store = Store(server.url, STREAM)
+        #: Set by a test that destroys tasks on purpose: then nothing is said of what is left.
+        self.destroyed = False
+
+    # --- keys ---------------------------------------------------------------------------
+
+    def key(self, name: str) -> str:
+        return f"{{{STREAM}}}:{name}"
+
+    def stream(self, queue: str) -> str:
+        return STREAM if queue == "default" else self.key(queue)
+
+    def ask(self, *command: str | bytes | float) -> Any:
+        return cast(Any, self.redis).execute_command(*command)
+
+    def record(self, task_id: str) -> dict[str, str]:
+        found = cast(dict[bytes, bytes], self.redis.hgetall(self.key(f"task:{task_id}")))
+        return {name.decode(): value.decode("utf-8", "replace") for name, value in found.items()}
+
+    def lifetime_ms(self, name: str) -> int:
+        """Of a key of ours: -1 if it stays, -2 if there is none."""
+        return int(self.ask("PTTL", self.key(name)))
+
+    def entries(self, name: str) -> list[dict[str, bytes]]:
+        """Fields of all entries of ``results`` or ``dead``."""
+        found = cast(list[tuple[bytes, dict[bytes, bytes]]], self.redis.xrange(self.key(name)))
+        return [{name.decode(): value for name, value in fields.items()} for _, fields in found]
+
+    def members(self, name: str) -> dict[str, float]:
+        """Of a sorted set of ours, with scores."""
+        found = cast(list[tuple[bytes, float]], self.redis.zrange(self.key(name), 0, -1, withscores=True))
+        return {member.decode(): score for member, score in found}
+
+    def length(self, queue: str = "default") -> int:
+        return int(self.ask("XLEN", self.stream(queue)))
+
+    def now_ms(self) -> int:
+        seconds, micros = cast(tuple[int, int], self.redis.time())
+        return seconds * 1000 + micros // 1000
+
+    # --- verbs --------------------------------------------------------------------------
+
+    async def tick(
+        self,
+        instance: str = "a",
+        *,
+        info: Mapping[str, Any] | None = None,
+        leave: bool = False,
+        lease: float = LEASE,
+        limits: Limits = LIMITS,
+        queues: Iterable[str] = tuple(WEIGHTS),
+    ) -> Tick:
+        return await self.store.tick(
+            instance=instance,
+            info="" if leave else json.dumps(info or {"host": instance}),
+            lease=lease,
+            namespace="0123456789abcdef",
+            limits=limits,
+            queues=queues,
+        )
+
+    async def submit(self, **fields: Any) -> str:
+        return await self.store.enqueue(Submission.of(Task(**({"image": "busybox"} | fields))))
+
+    def xadd(self, fields: Mapping[Any, Any] | str, queue: str = "default") -> str:
+        """Add a plain entry; returns the id its task will have."""
+        fields = {"task": fields} if isinstance(fields, str) else fields
+        entry = cast(bytes, self.redis.xadd(self.stream(queue), dict(fields)))
+        return f"{queue}.{entry.decode()}"
+
+    async def take(
+        self,
+        n: int = 100,
+        instance: str = "a",
+        *,
+        incarnation: str = "1",
+        lease: float = LEASE,
+        queues: Mapping[str, int] | None = None,
+        daemon: str = "engine-1",
+    ) -> list[Delivery]:
+        return await self.store.take(
+            n,
+            instance=instance,
+            incarnation=incarnation,
+            lease=lease,
+            queues=WEIGHTS if queues is None else queues,
+            daemon=daemon,
+        )
+
+    async def take_one(self, instance: str = "a", **more: Any) -> Delivery:
+        (delivery,) = await self.take(1, instance, **more)
+        return delivery
+
+    async def renew(self, delivery: Delivery, **fields: str) -> str:
+        return await self.store.renew(delivery.task_id, delivery.owner, LEASE, fields)
+
+    async def finish(
+        self,
+        delivery: Delivery,
+        action: Action = "final",
+        outcome: Outcome = SUCCESS,
+        *,
+        delay: float = 0.0,
+        budget: Budget = "none",
+    ) -> Literal["ok", "lost"]:
+        return await self.store.finish(
+            Settlement(delivery.task_id, delivery.owner, action, outcome, delay, budget)
+        )
+
+    # --- time ---------------------------------------------------------------------------
+
+    def lapse(self, *deliveries: Delivery) -> None:
+        """The leases of these have run out."""
+        for delivery in deliveries:
+            self.ask("ZADD", self.key("index:leases"), "XX", 1, delivery.task_id)
+
+    def fall_due(self) -> None:
+        """All that is scheduled is due now."""
+        for task_id in self.members("index:due"):
+            self.ask("ZADD", self.key("index:due"), "XX", 1, task_id)
+
+    def forget_gaps(self) -> None:
+        """No gap between ticks has been seen."""
+        self.redis.hdel(self.key("meta:counters"), "last_tick", "calm_until")
+
+    # --- what must hold at last -----------------------------------------------------------
+
+    async def end_all(self) -> None:
+        """Bring every task to its end, by the scripts alone."""
+        self.ask("CONFIG", "SET", "maxmemory", "0")
+        self.redis.delete(self.key("meta:paused"))
+        for _ in range(100):
+            self.forget_gaps()
+            self.fall_due()
+            for task_id in self.members("index:leases"):
+                self.ask("ZADD", self.key("index:leases"), "XX", 1, task_id)
+            await self.tick("last")
+            queues = {name: 1 for name in [*await self.store.queues(), "default"]}
+            prefix = self.key("inbox:")
+            inboxes = [key.decode().removeprefix(prefix) for key in self.redis.keys(f"{prefix}*")]
+            taken = [d for daemon in [*inboxes, ""] for d in await self.take(1000, "last", queues=queues, daemon=daemon)]
+            for delivery in taken:
+                assert await self.finish(delivery) == "ok"
+            if not taken and not self.members("index:leases") and not self.members("index:due"):
+                return
+        raise AssertionError("tasks do not come to an end")
+
+    def check_slots(self) -> None:
+        """All keys can be used by one script in a cluster."""
+        elsewhere = [key for key in self.redis.keys("*") if key_slot(key) != key_slot(STREAM.encode())]
+        assert not elsewhere
+
+    def check_keys(self) -> None:
+        """Every task has its one end, and nothing is left that nobody will take away."""
+        self.check_slots()
+        left: list[str] = []
+        for raw in self.redis.keys("*"):
+            name = raw.decode().removeprefix(f"{{{STREAM}}}:")
+            kind = name.split(":")[0]
+            expires = int(self.ask("PTTL", raw)) > 0
+            if name == STREAM or kind in WEIGHTS:
+                if self.ask("XLEN", raw):
+                    left.append(name)
+            elif kind in {"task", "key", "control", "tail", "live", "follow"}:
+                if not expires:
+                    left.append(name)
+            elif name not in {"results", "dead", "index:tails"} and kind != "meta":
+                if not name.startswith("index:finished:"):
+                    left.append(name)
+        assert not left, f"left for ever: {left}"
+        ended = [entry["id"] for entry in self.entries("results")]
+        assert len(ended) == len(set(ended)), "a task has two results"
+
+    async def aclose(self) -> None:
+        await self.store.aclose()
+        self.redis.close()
+
+
+@pytest.fixture
+async def queue(redis_server: RedisUnderTest) -> AsyncIterator[QueueUnderTest]:
+    """A queue that one instance, ``a``, has joined."""
+    queue = QueueUnderTest(redis_server)
+    await queue.tick()
+    try:
+        yield queue
+        if not queue.destroyed:
+            await queue.end_all()
+            queue.check_keys()
+    finally:
+        queue.ask("CONFIG", "SET", "maxmemory", "0")
+        await queue.aclose()
+
+
+async def refused(queue: QueueUnderTest) -> bool:
+    """Whether Redis takes no submission."""
+    try:
+        await queue.submit()
+    except QueueUnavailable:
+        return True
+    return False

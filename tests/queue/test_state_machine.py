@@ -1,0 +1,339 @@
+"""The scripts against a plain model, in any order that hypothesis can think of.
+
+``HYPOTHESIS_PROFILE=slow`` looks for much longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from dispatcher.errors import TaskConflict, TaskNotFound
+from dispatcher.model import Delivery, Task
+from dispatcher.queue.store import Action
+from dispatcher.queue.wire import parse_document
+from tests.queue.conftest import FAILURE, SUCCESS, WEIGHTS, QueueUnderTest
+from tests.support.redis_server import RedisUnderTest
+
+T = TypeVar("T")
+EFFORT = {"default": (60, 40), "slow": (2_000, 80)}
+ENDED = {"succeeded", "failed", "cancelled"}
+DAEMONS = ("engine-1", "engine-2")
+OFFERS = ({"high": 6, "default": 3, "low": 1}, {"high": 0, "default": 1, "low": 5}, {"low": 1}, {"default": 2, "high": 0})
+
+tasks = st.builds(
+    lambda **fields: {name: value for name, value in fields.items() if value is not None},
+    image=st.sampled_from(["busybox", "alpine"]),
+    id=st.sampled_from([None, None, "one", "two", "three"]),
+    idempotency_key=st.sampled_from([None, None, "k", "l"]),
+    queue=st.sampled_from([None, *WEIGHTS]),
+    delay=st.sampled_from([None, None, 60.0]),
+)
+
+
+@dataclass
+class Expected:
+    """What the model knows of one accepted task."""
+
+    place: str
+    queue: str
+    #: None for an entry that nobody has placed: other tasks can't be compared with it.
+    digest: str | None = None
+    daemon: str = ""
+    attempt: int = 1
+    cancelled: bool = False
+    delivery: Delivery | None = None
+    entry: str = ""
+
+
+@dataclass
+class Model:
+    """Where every task is."""
+
+    tasks: dict[str, Expected] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    paused: set[str] = field(default_factory=set)
+    fence: int = 0
+
+    def standing(self, task: Task, task_id: str | None, held: str = "") -> tuple[str, str] | None:
+        """Whether a task stands already under this key or id."""
+        for other in (self.keys.get(task.idempotency_key or ""), task_id):
+            if other and other != held and other in self.tasks:
+                same = self.tasks[other].digest == task.digest()
+                return ("known" if same else "conflict"), other
+        return None
+
+    def at(self, place: str) -> list[str]:
+        return [task_id for task_id, task in self.tasks.items() if task.place == place]
+
+    @property
+    def held(self) -> list[Expected]:
+        return [task for task in self.tasks.values() if task.place == "lease"]
+
+    def put_back(self, task: Expected) -> None:
+        task.place = f"inbox:{task.daemon}" if task.daemon else f"ready:{task.queue}"
+        task.delivery = None
+
+
+class Scripts(RuleBasedStateMachine):
+    """One Redis, three instances on two daemons, and whoever submits and cancels."""
+
+    def __init__(self, server: RedisUnderTest) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.model = Model()
+        self.stale: list[Delivery] = []
+        self.queue = QueueUnderTest(server)
+        self.queue.redis.flushall()
+        self.run(self.queue.tick())
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(work)
+
+    def teardown(self) -> None:
+        try:
+            self.run(self.queue.end_all())
+            self.queue.check_keys()
+            ended = Counter(entry["id"].decode() for entry in self.queue.entries("results"))
+            assert ended == dict.fromkeys(self.model.tasks, 1), "something was lost, or ended twice"
+        finally:
+            self.run(self.queue.aclose())
+            self.runner.close()
+
+    # --- producers ------------------------------------------------------------------------
+
+    @rule(fields=tasks)
+    def submit(self, fields: dict[str, Any]) -> None:
+        task = Task(**fields)
+        standing = self.model.standing(task, task.id)
+        try:
+            task_id = self.run(self.queue.submit(**fields))
+        except TaskConflict:
+            assert standing is not None
+            assert standing[0] == "conflict"
+            return
+        if standing is not None:
+            assert standing == ("known", task_id)
+            return
+        assert task.id in {None, task_id}
+        place = "due" if task.delay else f"stream:{task.queue}"
+        self.model.tasks[task_id] = Expected(place, task.queue, task.digest())
+        if task.idempotency_key:
+            self.model.keys[task.idempotency_key] = task_id
+
+    @rule(fields=tasks, stream=st.sampled_from(list(WEIGHTS)))
+    def xadd(self, fields: dict[str, Any], stream: str) -> None:
+        task_id = self.queue.xadd(json.dumps(fields), stream)
+        self.model.tasks[task_id] = Expected(f"stream:{stream}", stream, entry=task_id.split(".")[1])
+
+    # --- instances --------------------------------------------------------------------------
+
+    @rule(
+        n=st.sampled_from([1, 2, 3, 10]),
+        instance=st.sampled_from("abc"),
+        daemon=st.sampled_from(DAEMONS),
+        weights=st.sampled_from(OFFERS),
+    )
+    def take(self, n: int, instance: str, daemon: str, weights: dict[str, int]) -> None:
+        model = self.model
+        served = [name for name in weights if name not in model.paused]
+        inbox = model.at(f"inbox:{daemon}")
+        ready = [task_id for name in served for task_id in model.at(f"ready:{name}")]
+        streams = {name: model.at(f"stream:{name}") for name in served}
+        waiting = [task_id for ids in streams.values() for task_id in ids]
+        taken = self.run(self.queue.take(n, instance, queues=weights, daemon=daemon))
+        assert len(taken) == min(n, len(inbox) + len(ready) + len(waiting))
+        for number, delivery in enumerate(taken):
+            source = inbox if number < len(inbox) else ready if number < len(inbox) + len(ready) else waiting
+            assert delivery.task_id in source
+            source_queue = model.tasks[delivery.task_id].place.partition(":")[2]
+            if source is waiting:
+                first = streams[source_queue].pop(0)
+                assert delivery.task_id == first, "a stream is taken from its beginning"
+        if any(weights[name] for name in served if streams[name]):
+            idle = {d.queue for d in taken[len(inbox) + len(ready) :] if not weights[d.queue]}
+            assert not idle, "a queue of weight 0 came before another"
+        for delivery in taken:
+            assert delivery.fence > model.fence
+            model.fence = delivery.fence
+            task = model.tasks[delivery.task_id]
+            assert (delivery.attempt, delivery.daemon) == (task.attempt, task.daemon)
+            assert delivery.cancelled == task.cancelled
+            task.place, task.delivery = "lease", delivery
+        for delivery in taken:
+            if delivery.fields is not None:
+                self._place(delivery)
+
+    def _place(self, delivery: Delivery) -> None:
+        task = parse_document(dict(delivery.fields or ())[b"task"])
+        if "queue" not in task.model_fields_set:
+            task = task.model_copy(update={"queue": delivery.queue})
+        if not (task.id or task.idempotency_key or task.delay or task.queue != delivery.queue):
+            return
+        model = self.model
+        standing = model.standing(task, task.id, held=delivery.task_id)
+        verdict, task_id = self.run(self.queue.store.place(delivery, task))
+        if standing is not None:
+            assert (verdict, task_id) == standing
+            if verdict == "known":
+                model.aliases[delivery.task_id] = task_id
+                del model.tasks[delivery.task_id]
+                self.stale.append(delivery)
+            return
+        placed = model.tasks.pop(delivery.task_id)
+        assert task_id == (task.id or delivery.task_id)
+        placed.queue, placed.digest = task.queue, task.digest()
+        model.tasks[task_id] = placed
+        if task.idempotency_key:
+            model.keys[task.idempotency_key] = task_id
+        if task.delay or task.queue != delivery.queue:
+            assert verdict == "moved"
+            placed.place = "due" if task.delay else f"stream:{task.queue}"
+            placed.delivery = None
+            self.stale.append(delivery)
+        else:
+            assert verdict == "held"
+            placed.delivery = Delivery(
+                task_id, task.queue, delivery.owner, delivery.fence, delivery.attempt, delivery.document
+            )
+
+    @precondition(lambda self: self.model.held)
+    @rule(data=st.data(), container=st.sampled_from(["", *DAEMONS]))
+    def renew(self, data: st.DataObject, container: str) -> None:
+        task = data.draw(st.sampled_from(self.model.held), label="task")
+        assert task.delivery
+        fields = {"state": "running", "daemon": container} if container and not task.daemon else {}
+        answer = self.run(self.queue.renew(task.delivery, **fields))
+        assert answer == ("cancel" if task.cancelled else "ok")
+        task.daemon = fields.get("daemon", task.daemon)
+
+    @precondition(lambda self: self.model.held)
+    @rule(
+        data=st.data(),
+        action=st.sampled_from(["final", "retry", "release", "detach"]),
+        delay=st.sampled_from([0.0, 30.0]),
+        repeated=st.booleans(),
+    )
+    def finish(self, data: st.DataObject, action: Action, delay: float, repeated: bool) -> None:
+        task = data.draw(st.sampled_from(self.model.held), label="task")
+        delivery = task.delivery
+        assert delivery
+        outcome = SUCCESS if action == "final" else FAILURE
+        for _ in range(1 + repeated):
+            assert self.run(self.queue.finish(delivery, action, outcome, delay=delay)) == "ok"
+        self.stale.append(delivery)
+        if action == "final":
+            task.place, task.delivery = "ended", None
+            return
+        task.attempt += action == "retry"
+        if action != "detach":
+            task.daemon = ""
+        if delay:
+            task.place, task.delivery = "due", None
+        else:
+            self.model.put_back(task)
+
+    @precondition(lambda self: self.stale)
+    @rule(data=st.data(), action=st.sampled_from(["final", "retry", "release", "detach"]))
+    def write_of_a_former_owner(self, data: st.DataObject, action: Action) -> None:
+        delivery = data.draw(st.sampled_from(self.stale), label="delivery")
+        before = self.queue.record(delivery.task_id)
+        assert self.run(self.queue.renew(delivery, state="running", attempt="99")) == "lost"
+        answer = self.run(self.queue.finish(delivery, action))
+        assert answer == ("ok" if before.get("settled") == delivery.owner else "lost")
+        assert self.queue.record(delivery.task_id) == before
+
+    # --- everybody --------------------------------------------------------------------------
+
+    @rule(data=st.data(), lapse=st.booleans(), fall_due=st.booleans())
+    def tick(self, data: st.DataObject, lapse: bool, fall_due: bool) -> None:
+        lapsed = [t for t in self.model.held if lapse and data.draw(st.booleans(), label="lapses")]
+        self.queue.lapse(*[t.delivery for t in lapsed if t.delivery])
+        due = [self.model.tasks[task_id] for task_id in self.model.at("due") if fall_due]
+        if fall_due:
+            self.queue.fall_due()
+        self.queue.forget_gaps()
+        tick = self.run(self.queue.tick())
+        assert (tick.taken_over, tick.promoted) == (len(lapsed), len(due))
+        self.stale += [t.delivery for t in lapsed if t.delivery]
+        for task in [*lapsed, *due]:
+            self.model.put_back(task)
+
+    @precondition(lambda self: self.model.tasks)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        names = [*self.model.tasks, *self.model.aliases]
+        name = data.draw(st.sampled_from(names), label="id")
+        task = self.model.tasks[self.model.aliases.get(name, name)]
+        verdict, _ = self.run(self.queue.store.cancel(name))
+        if task.place == "ended":
+            assert verdict == "ended"
+        elif task.place == "lease" or task.daemon:
+            assert verdict == "requested"
+            task.cancelled = True
+        else:
+            assert verdict == "cancelled"
+            task.place = "ended"
+
+    @rule(name=st.sampled_from(list(WEIGHTS)), paused=st.booleans())
+    def pause(self, name: str, paused: bool) -> None:
+        self.run(self.queue.store.pause(name, paused=paused))
+        (self.model.paused.add if paused else self.model.paused.discard)(name)
+
+    @rule()
+    def cancel_of_nobody(self) -> None:
+        try:
+            self.run(self.queue.store.cancel("nobody"))
+        except TaskNotFound:
+            return
+        raise AssertionError("nobody was found")
+
+    # --- what always holds --------------------------------------------------------------------
+
+    @invariant()
+    def every_task_has_exactly_one_place(self) -> None:
+        queue = self.queue
+        found: list[tuple[str, str]] = []
+        for name in WEIGHTS:
+            for entry, fields in queue.redis.xrange(queue.stream(name)):
+                task_id = fields[b"ref"].decode() if b"ref" in fields else f"{name}.{entry.decode()}"
+                found.append((task_id, f"stream:{name}"))
+            found += [(task_id, f"ready:{name}") for task_id in queue.members(f"ready:{name}")]
+        for daemon in DAEMONS:
+            found += [(task_id, f"inbox:{daemon}") for task_id in queue.members(f"inbox:{daemon}")]
+        found += [(task_id, "due") for task_id in queue.members("index:due")]
+        found += [(task_id, "lease") for task_id in queue.members("index:leases")]
+        found += [(entry["id"].decode(), "ended") for entry in queue.entries("results")]
+        assert Counter(found) == Counter((i, t.place) for i, t in self.model.tasks.items())
+        waiting = {i for i, t in self.model.tasks.items() if t.entry and t.place.startswith("stream:") and t.digest is None}
+        opened = {i for i, t in self.model.tasks.items() if t.place != "ended"} - waiting
+        assert queue.members("index:open").keys() == opened
+
+    @invariant()
+    def nothing_is_pending_in_a_group(self) -> None:
+        for name in WEIGHTS:
+            assert self.queue.ask("XPENDING", self.queue.stream(name), self.queue.store.group)["pending"] == 0
+
+
+def test_every_task_has_one_place_and_one_end_whatever_happens(redis_server: RedisUnderTest) -> None:
+    examples, steps = EFFORT[os.environ.get("HYPOTHESIS_PROFILE", "default")]
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        lambda: Scripts(redis_server),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
