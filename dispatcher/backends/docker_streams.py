@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import anyio
 from anyio import from_thread
 from docker.errors import create_api_error_from_http_exception
+from docker.utils import version_lt
 from requests import HTTPError
 
 from dispatcher.backends.base import OnProgress, PullProgress
@@ -24,6 +25,11 @@ REPORT_INTERVAL = 0.25
 #: Bytes of output read ahead of whoever reads it.
 READ_AHEAD = 1024 * 1024
 
+#: The API of Docker 23. Engines before it may end a follower when the container ends, although
+#: there is more to read.
+_FOLLOWS_TO_THE_END = "1.42"
+#: Bytes by which a log is known again.
+_HEAD = 4096
 #: Seconds in which output is gathered before the loop turns to it again.
 GATHER_INTERVAL = 0.02
 
@@ -184,18 +190,40 @@ def read_log(client: StreamClient, container_id: str, follow: bool, pipe: Output
 
     Not by the library's ``logs``, which takes a broken stream for one that ended.
     """
+    head, told = b"", 0
+    for piece in _log(client, container_id, follow=follow):
+        if len(head) < _HEAD:
+            head += piece
+        told += len(piece)
+        pipe.put(piece)
+    if follow and version_lt(client.api_version, _FOLLOWS_TO_THE_END):
+        for piece in _beyond(_log(client, container_id, follow=False), head[:_HEAD], told):
+            pipe.put(piece)
+
+
+def _log(client: StreamClient, container_id: str, *, follow: bool) -> Iterator[bytes]:
     params: dict[str, Any] = {"stdout": 1, "stderr": 1, "follow": int(follow)}
     if not follow and client.inspect_container(container_id)["State"]["Running"]:
         # Else one that writes faster than we read is read for ever. By the engine's own clock.
         params["until"] = unix_time(client.info()["SystemTime"])
-    answer = client.get(
-        f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs",
-        params=params,
-        stream=True,
-    )
+    address = f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs"
+    answer = client.get(address, params=params, stream=True)
     try:
         answer.raise_for_status()
     except HTTPError as error:
         create_api_error_from_http_exception(error)
-    for piece in log_frames(answer.raw):
-        pipe.put(piece)
+    yield from log_frames(answer.raw)
+
+
+def _beyond(pieces: Iterable[bytes], head: bytes, told: int) -> Iterator[bytes]:
+    """What follows the first ``told`` bytes, unless they no longer begin with ``head``."""
+    begin, seen = b"", 0
+    for piece in pieces:
+        if len(begin) < len(head):
+            begin += piece
+            if begin[: len(head)] != head[: len(begin)]:
+                # Rotated away meanwhile: nobody can say where to go on.
+                return
+        seen += len(piece)
+        if seen > told:
+            yield piece[-(seen - told) :]

@@ -54,7 +54,7 @@ class Session:
 
         Raises what the verb does, QueueUnavailable.
         """
-        settings = self.settings()
+        settings = self.load().settings
 
         async def asked() -> T:
             async with client_of(settings) as client:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from redis import DriverInfo, exceptions
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -29,6 +29,8 @@ SOCKET_TIMEOUT = 5.0
 #: Seconds a blocking read may block: below the socket timeout, or every quiet spell would
 #: look like a dead connection.
 BLOCK_TIMEOUT = 2.0
+#: Seconds that a call waits for one of its pool's connections: several blocking reads.
+POOL_TIMEOUT = 20.0
 #: Replies that stand for a state of the server which passes or which an operator mends.
 #: Redis before 7 wraps what a script met: "Error running script (…): … -OOM command not allowed …".
 _PASSING = re.compile(
@@ -45,17 +47,19 @@ def connect(url: str, *, max_connections: int) -> Redis:
     # A TCP connection cut without a word is found by its keep-alive; a socket file has none.
     keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
     try:
-        return Redis.from_url(
+        pool = BlockingConnectionPool.from_url(
             url,
             decode_responses=False,
             protocol=2,
             socket_timeout=SOCKET_TIMEOUT,
             socket_connect_timeout=SOCKET_TIMEOUT,
             max_connections=max_connections,
+            timeout=POOL_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
             driver_info=_DRIVER,
             **keepalive,
         )
+        return Redis.from_pool(pool)
     except ValueError as error:
         raise ConfigurationError([f"REDIS_URL: {error}"]) from error
 

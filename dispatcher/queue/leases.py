@@ -162,19 +162,19 @@ class LeaseKeeper:
         """Renew until cancelled."""
         while True:
             await anyio.sleep(self.lease_seconds / RENEWALS_PER_LEASE)
-            leases = list(self._held.values())
+            leases = dict(self._held)
             if not leases:
                 continue
             try:
                 answers = await self.store.renew_all(
-                    [(h.task_id, h.owner) for h in leases], self.lease_seconds
+                    [(task_id, lease.owner) for task_id, lease in leases.items()], self.lease_seconds
                 )
             except QueueUnavailable as error:
                 log.warning("leases.not_renewed", held=len(leases), error=str(error))
                 continue
-            for lease, answer in zip(leases, answers, strict=True):
-                # One that was given up meanwhile was refused rightly, and is no loss.
-                if self._held.get(lease.task_id) is lease:
+            for (task_id, lease), answer in zip(leases.items(), answers, strict=True):
+                # One that was given up or renamed meanwhile was refused rightly, and is no loss.
+                if self._held.get(task_id) is lease:
                     lease.heard(answer)
                     if answer == "lost":
-                        log.warning("lease.lost", task_id=lease.task_id)
+                        log.warning("lease.lost", task_id=task_id)

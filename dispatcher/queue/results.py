@@ -40,7 +40,9 @@ class Results:
         """
         ended = anyio.Event()
         if not self._waiting:
-            self._cursor = await self._newest()
+            newest = await self._newest()
+            if not self._waiting:  # who began meanwhile reads from an earlier place already
+                self._cursor = newest
         self._waiting.setdefault(task_id, set()).add(ended)
         try:
             while True:

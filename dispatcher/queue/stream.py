@@ -110,7 +110,10 @@ class StreamSource:
         for key, entry_id, fields in heard:
             cursors[key] = entry_id
             if key == control:
-                self._on_control(*(fields.get(name, b"").decode() for name in (b"op", b"id", b"asked")))
+                operation, task_id, asked = (
+                    fields.get(name, b"").decode("utf-8", "replace") for name in (b"op", b"id", b"asked")
+                )
+                self._on_control(operation, task_id, asked)
             else:
                 rang = True
         if rang and self._bell.is_set():

@@ -17,6 +17,7 @@ from typing import Any
 
 import anyio
 
+from dispatcher.client import Client, Task, TaskStatus
 from tests.support.waiting import wait_until
 
 #: Seconds for a command; most take one, on a busy machine a few.
@@ -80,10 +81,24 @@ class Program:
         """What it writes to stdout, read as one JSON document."""
         return json.loads(self.run(*arguments, "--json", **how).stdout)
 
-    def submit(self, script: str, *options: str) -> str:
+    def client(self) -> Client:
+        """For what a test only prepares or looks at, without another process each time."""
+        return Client(self.url)
+
+    def submit(self, script: str, **fields: Any) -> str:
         """Hand a shell script in; the task's id."""
-        (task_id,) = self.lines("submit", "busybox", *options, "--", "sh", "-c", script)
-        return task_id
+        with self.client() as client:
+            return client.submit(Task(image="busybox", command=["sh", "-c", script], **fields)).id
+
+    def ended(self, task_id: str) -> TaskStatus:
+        """Wait for the task's end."""
+        with self.client() as client:
+            return client.wait(task_id, timeout=TIMEOUT)
+
+    def until_running(self, task_id: str) -> None:
+        """Wait until its program has begun."""
+        with self.client() as client:
+            until(lambda: client.status(task_id).state == "running", what=f"{task_id} does not run")
 
     @contextmanager
     def started(self, *arguments: str, **environment: str) -> Iterator[Running]:

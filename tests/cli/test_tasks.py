@@ -21,7 +21,8 @@ STATUS_FIELDS = {
 
 
 def test_submit_prints_the_id_alone_and_the_rest_follows(served: Program) -> None:
-    task_id = served.submit("echo out; echo err >&2", "-e", "A=b", "-l", "team=blue")
+    script = ["sh", "-c", "echo out; echo err >&2"]
+    (task_id,) = served.lines("submit", "-e", "A=b", "-l", "team=blue", "busybox", "--", *script)
     assert re.fullmatch(r"[0-9a-f]{32}", task_id)
     assert served.lines("wait", task_id) == [f"{task_id} succeeded - 0"]
     assert sorted(served.lines("logs", task_id)) == ["err", "out"]
@@ -37,7 +38,7 @@ def test_submit_prints_the_id_alone_and_the_rest_follows(served: Program) -> Non
 def test_wait_mirrors_the_containers_exit_code(served: Program) -> None:
     done = served.run("submit", "--wait", "busybox", "--", "sh", "-c", "exit 7", exit_code=7)
     (task_id,) = done.stdout.decode().split()
-    assert served.json("status", task_id)["exit_code"] == 7
+    assert served.ended(task_id).exit_code == 7
     assert task_id in done.stderr.decode()
 
 
@@ -59,7 +60,7 @@ def test_a_cancelled_task_is_no_success(served: Program) -> None:
         waiting.says("running")
         assert served.lines("cancel", "cancelled-while-waited-for") == ["cancelled-while-waited-for"]
         assert waiting.ends() != 0
-    assert served.json("status", "cancelled-while-waited-for")["state"] == "cancelled"
+    assert served.ended("cancelled-while-waited-for").state == "cancelled"
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -72,8 +73,9 @@ def test_a_signal_ends_the_waiting_and_not_the_task(
         assert waiting.ends(signum) == code
         assert "Traceback" not in waiting.stderr
         assert f"dispatcher cancel {task_id}" in waiting.stderr
-    assert served.json("status", task_id)["state"] == "running"
-    served.run("cancel", task_id)
+    with served.client() as client:
+        assert client.status(task_id).state == "running"
+        client.cancel(task_id)
     assert served.lines("wait", task_id, exit_code=1)[0].startswith(f"{task_id} cancelled")
 
 
@@ -101,15 +103,15 @@ def test_a_file_is_a_task_and_options_win(served: Program, tmp_path: Path) -> No
 
 
 def test_an_idempotency_key_gives_the_same_task(served: Program) -> None:
-    once = served.submit("true", "--idempotency-key", "order-1")
-    assert served.submit("true", "--idempotency-key", "order-1") == once
+    key = ["submit", "--idempotency-key", "order-1"]
+    assert served.lines(*key, "busybox") == served.lines(*key, "busybox")
     done = served.run("submit", "--idempotency-key", "order-1", "other", exit_code=1)
     assert b"other content" in done.stderr
 
 
 def test_list_filters(served: Program) -> None:
-    failed, held = served.submit("exit 1", "--queue", "low"), served.submit("true", "--delay", "600")
-    served.run("wait", failed, exit_code=1)
+    failed, held = served.submit("exit 1", queue="low"), served.submit("true", delay=600.0)
+    served.ended(failed)
     found = served.json("list", "--state", "failed", "--queue", "low")
     assert [task["id"] for task in found] == [failed]
     assert held in [task["id"] for task in served.json("list", "--state", "scheduled")]
@@ -117,7 +119,6 @@ def test_list_filters(served: Program) -> None:
     header, *rows = served.lines("list", "--state", "failed", "--queue", "low")
     assert header.split() == ["ID", "STATE", "REASON", "QUEUE", "ATTEMPT", "EXIT", "ACCEPTED", "MESSAGE"]
     assert rows[0].split()[:6] == [failed, "failed", "exit", "low", "1", "1"]
-    served.run("cancel", held)
 
 
 def test_wait_for_several(served: Program) -> None:
@@ -130,12 +131,12 @@ def test_wait_for_several(served: Program) -> None:
 
 
 def test_wait_gives_up_in_time(served: Program) -> None:
-    task_id = served.submit("true", "--delay", "600")
+    task_id = served.submit("true", delay=600.0)
     done = served.run("wait", "--timeout", "0.1", task_id, exit_code=124)
     assert done.stdout == b""
     assert task_id in done.stderr.decode()
     assert served.lines("cancel", task_id) == [task_id]
-    assert served.json("status", task_id)["state"] == "cancelled"
+    assert served.ended(task_id).state == "cancelled"
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel", "wait"])
@@ -147,7 +148,7 @@ def test_an_unknown_task_is_3(served: Program, command: str) -> None:
 
 def test_one_that_had_ended_is_not_cancelled(served: Program) -> None:
     task_id = served.submit("true")
-    served.run("wait", task_id)
+    served.ended(task_id)
     done = served.run("cancel", task_id)
     assert done.stdout == b""
     assert b"had ended before: succeeded" in done.stderr
@@ -155,7 +156,7 @@ def test_one_that_had_ended_is_not_cancelled(served: Program) -> None:
 
 def test_logs_tail_and_json(served: Program) -> None:
     task_id = served.submit("for i in 1 2 3 4 5; do echo line $i; done")
-    served.run("wait", task_id)
+    served.ended(task_id)
     assert served.lines("logs", task_id, "--tail", "2") == ["line 4", "line 5"]
     assert served.lines("logs", task_id, "-f", "-n", "1") == ["line 5"]
     assert served.lines("logs", task_id, "--tail", "0") == []
@@ -166,7 +167,7 @@ def test_logs_tail_and_json(served: Program) -> None:
 def test_logs_follow_a_running_task_to_its_end(served: Program, tmp_path: Path) -> None:
     go = tmp_path / "go"
     task_id = served.submit(f"echo one; echo two; while ! test -e {go}; do sleep 0.05; done; echo three")
-    until(lambda: served.json("status", task_id)["state"] == "running")
+    served.until_running(task_id)
     until(lambda: served.lines("logs", task_id) == ["one", "two"])
     with served.started("logs", "--follow", "--tail", "1", task_id) as following:
         assert following.process.stdout is not None
@@ -178,7 +179,7 @@ def test_logs_follow_a_running_task_to_its_end(served: Program, tmp_path: Path) 
 
 def test_whoever_reads_may_stop_reading(served: Program) -> None:
     task_id = served.submit("seq 1 8000")
-    served.run("wait", task_id)
+    served.ended(task_id)
     for command in (["logs", task_id], ["logs", "--json", task_id], ["schema"]):
         with served.started(*command) as writing:
             assert writing.process.stdout is not None

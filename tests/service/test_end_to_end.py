@@ -34,7 +34,9 @@ async def test_a_task_ends_with_its_exit_code_and_output(system: System) -> None
         handle = await client.submit(system.task("echo out; echo err >&2; exit 7"))
         status = await handle.wait(TIMEOUT)
         assert (status.state, status.reason, status.exit_code) == (State.FAILED, Reason.EXIT, 7)
-        assert status.started_at and status.finished_at and status.started_at <= status.finished_at
+        assert status.started_at is not None
+        assert status.finished_at is not None
+        assert status.started_at <= status.finished_at
         assert sorted([line async for line in handle.logs()]) == ["err", "out"]
 
 
@@ -80,7 +82,8 @@ async def test_the_result_is_one_entry_for_other_services(system: System) -> Non
         with system.redis.client() as redis:
             [(_, result)] = redis.xrange("{dispatcher:tasks}:results")
     assert set(result) == {
-        b"id", b"state", b"reason", b"exit_code", b"attempt", b"queue", b"started_at", b"finished_at", b"traceparent",
+        b"id", b"state", b"reason", b"exit_code", b"attempt", b"queue",
+        b"started_at", b"finished_at", b"traceparent",
     }  # fmt: skip
     assert (result[b"id"].decode(), result[b"state"], result[b"exit_code"]) == (status.id, b"succeeded", b"0")
     assert datetime.fromisoformat(result[b"finished_at"].decode()) == status.finished_at
@@ -145,7 +148,8 @@ async def test_a_delayed_task_does_not_start_early(system: System) -> None:
         handle = await client.submit(system.task("exit 0", delay=1.0))
         assert (await handle.status()).state is State.SCHEDULED
         status = await handle.wait(TIMEOUT)
-        assert status.started_at and status.accepted_at
+        assert status.started_at is not None
+        assert status.accepted_at is not None
         assert (status.started_at - status.accepted_at).total_seconds() >= 0.99
 
 

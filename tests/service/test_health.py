@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anyio
 import httpx
+import pytest
 
 from dispatcher.api.health import health_app, serve
 from dispatcher.client import State
@@ -11,8 +12,6 @@ from dispatcher.errors import ConfigurationError
 from tests.support.redis_server import free_port
 from tests.support.system import ProcessSystem
 from tests.support.waiting import wait_until
-
-import pytest  # isort: skip
 
 
 async def test_ready_until_it_drains_and_metrics_tell_what_ended(process_system: ProcessSystem) -> None:

@@ -109,14 +109,16 @@ async def test_a_task_that_waits_for_an_image_is_cancelled_with_its_pull(docker_
 
 
 async def test_a_pull_that_stalls_is_given_up(docker_system: DockerSystem) -> None:
-    async with docker_system.client() as client:
-        async with docker_system.instance(pull_stall_timeout=0.2, infra_max_attempts=1) as dispatcher:
+    async with (
+        docker_system.client() as client,
+        docker_system.instance(pull_stall_timeout=0.2, infra_max_attempts=1) as dispatcher,
+    ):
 
-            async def hang(*_: object) -> None:
-                await anyio.sleep_forever()
+        async def hang(*_: object) -> None:
+            await anyio.sleep_forever()
 
-            dispatcher.backend.prepare = hang  # type: ignore[method-assign,assignment]
-            handle = await client.submit(Task(image="127.0.0.1:9/none:1"))
-            status = await handle.wait(TIMEOUT)
+        dispatcher.backend.prepare = hang  # type: ignore[method-assign,assignment]
+        handle = await client.submit(Task(image="127.0.0.1:9/none:1"))
+        status = await handle.wait(TIMEOUT)
     assert status.reason is Reason.IMAGE_PULL_FAILED
     assert "no progress" in status.message

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import tarfile
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ class EngineUnderTest:
     def start_events(self, name_prefix: str, since: float) -> Counter[str]:
         """How often each container of such a name was started, by the engine's own account.
 
-        ``since``: Unix seconds.
+        ``since``: Unix seconds. The engine remembers 256 events of all kinds; for more tasks
+        than a few there is ``counting_starts``.
         """
         events: Any = self.client.events(
             since=int(since),
@@ -68,6 +70,27 @@ class EngineUnderTest:
         )
         names = (event["Actor"]["Attributes"]["name"] for event in events)
         return Counter(name for name in names if name.startswith(name_prefix))
+
+    @contextlib.contextmanager
+    def counting_starts(self, name_prefix: str) -> Iterator[Counter[str]]:
+        """The same, of what is started while the context lasts, however much that is."""
+        starts: Counter[str] = Counter()
+        with contextlib.closing(docker.APIClient(self.base_url)) as client:
+            events: Any = client.events(filters={"type": "container", "event": "start"}, decode=True)
+
+            def listen() -> None:
+                for event in events:
+                    name = event["Actor"]["Attributes"]["name"]
+                    if name.startswith(name_prefix):
+                        starts[name] += 1
+
+            listener = threading.Thread(target=listen, name="start events", daemon=True)
+            listener.start()
+            try:
+                yield starts
+            finally:
+                events.close()
+                listener.join(END_TIMEOUT)
 
 
 def image_archive(extra: dict[str, bytes] | None = None) -> bytes:

@@ -24,7 +24,9 @@ while tonumber(redis.call('HGET', SIZES, '') or 0) + #data > limit do
     break
   end
   drop(oldest)
-  redis.call('HSET', BASE .. 'tail:' .. oldest, 'data', '')
+  if redis.call('EXISTS', BASE .. 'tail:' .. oldest) == 1 then
+    redis.call('HSET', BASE .. 'tail:' .. oldest, 'data', '')
+  end
 end
 redis.call('HSET', BASE .. 'tail:' .. id, 'data', data, 'total', ARGV[3],
   'attempt', ARGV[4], 'asked', ARGV[5])
