@@ -84,10 +84,18 @@ class WaitTimeout(DispatcherError):
 # --- the queue ------------------------------------------------------------------------
 
 
-class QueueUnavailable(DispatcherError):
+class QueueError(DispatcherError):
+    """The queue did not do what was asked."""
+
+
+class QueueUnavailable(QueueError):
     """Redis can't be reached or can't serve us now."""
 
     recoverable = True
+
+
+class QueueRefused(QueueError):
+    """Redis refuses a command of ours: a key holds something else, or a right is missing."""
 
 
 class LeaseLost(DispatcherError):

@@ -22,7 +22,7 @@ from dispatcher.dispatch.images import ImageGovernor
 from dispatcher.dispatch.logs import Logs
 from dispatcher.dispatch.pipeline import Pipeline
 from dispatcher.dispatch.slots import Slots
-from dispatcher.errors import BackendUnreachable, QueueUnavailable
+from dispatcher.errors import BackendUnreachable, QueueError
 from dispatcher.model import Delivery, Health, State
 from dispatcher.policy import Policy
 from dispatcher.queue.leases import LeaseKeeper, Wish
@@ -196,7 +196,7 @@ class Dispatcher:
         if self._started:
             try:
                 await self.recovery.leave()
-            except QueueUnavailable as error:
+            except QueueError as error:
                 log.warning("instance.left_without_word", error=str(error))
         await self.store.aclose()
         await self.tails.aclose()
@@ -231,7 +231,7 @@ class Dispatcher:
                     taken = await self.source.take(reserved)
                     for delivery in taken:
                         deliveries.start_soon(self._pipeline.run, delivery, name=f"task {delivery.task_id}")
-            except QueueUnavailable as error:
+            except QueueError as error:
                 log.warning("tasks.not_taken", error=str(error))
                 pause = TAKE_PAUSE
             finally:
@@ -293,7 +293,7 @@ class Dispatcher:
         self._set_health(await self.backend.probe())
         try:
             self._depths = await self.views.queues()
-        except QueueUnavailable as error:
+        except QueueError as error:
             log.warning("queues.not_read", error=str(error))
 
     def _info(self) -> str:

@@ -41,10 +41,9 @@ class Pull:
     moved: anyio.Event = field(default_factory=anyio.Event)
 
     def on_progress(self, progress: PullProgress) -> None:
-        """The backend tells how far it is."""
-        if progress != self.progress:
-            self.progress = progress
-            self.moved.set()
+        """The backend tells how far it is; equal numbers mean a step they don't show."""
+        self.progress = progress
+        self.moved.set()
 
 
 class ImageGovernor:
@@ -135,6 +134,9 @@ class ImageGovernor:
                     outcome = "pulled"
         except BackendError as error:
             outcome, pull.error = "failed", error
+        except Exception as error:
+            log.exception("image.pull_failed", image=pull.image)
+            outcome, pull.error = "failed", ImagePullFailed(f"the dispatcher failed: {type(error).__name__}")
         finally:
             if self._pulls.get(pull.image) is pull:
                 del self._pulls[pull.image]
@@ -147,6 +149,7 @@ class ImageGovernor:
     async def _watched(self, pull: Pull) -> None:
         """Pull; raise ImagePullFailed when nothing moves for the stall timeout."""
         stalled = False
+        failure: BackendError | None = None
 
         async def watch() -> None:
             nonlocal stalled
@@ -164,9 +167,9 @@ class ImageGovernor:
             try:
                 await self._backend.prepare(pull.image, pull.on_progress)
             except BackendError as error:
-                pull.error = error
+                failure = error
             group.cancel_scope.cancel()
         if stalled:
             raise ImagePullFailed(f"pull of {pull.image} made no progress for {self._stall_timeout:g} s")
-        if pull.error is not None:
-            raise pull.error
+        if failure is not None:
+            raise failure

@@ -9,7 +9,7 @@ import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
 from dispatcher.backends.base import Backend
-from dispatcher.errors import BackendError, QueueUnavailable
+from dispatcher.errors import BackendError, QueueError
 from dispatcher.model import Handle
 from dispatcher.queue.tails import INTEREST_SECONDS, Tail, Tails
 
@@ -97,7 +97,7 @@ class Logs:
                     buffer.feed(data)
             tail = Tail(buffer.data(), buffer.total, handle.attempt, asked)
             await self._tails.keep(handle.task_id, tail)
-        except (BackendError, QueueUnavailable) as error:
+        except (BackendError, QueueError) as error:
             log.warning("task.output_not_kept", task_id=handle.task_id, error=str(error))
         except Exception:
             log.exception("task.output_not_kept", task_id=handle.task_id)
@@ -115,8 +115,10 @@ class Logs:
                         await self._tails.publish(handle.task_id, handle.attempt, offset, piece)
                         offset += len(piece)
                 group.cancel_scope.cancel()
-        except* (BackendError, QueueUnavailable) as errors:
+        except* (BackendError, QueueError) as errors:
             log.warning("task.follow_ended", task_id=handle.task_id, error=str(errors.exceptions[0]))
+        except* Exception:
+            log.exception("task.follow_failed", task_id=handle.task_id)
         finally:
             self._followed.discard(handle.task_id)
 

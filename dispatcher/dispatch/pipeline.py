@@ -35,7 +35,7 @@ from dispatcher.errors import (
     BackendUnreachable,
     ImageNotFound,
     LeaseLost,
-    QueueUnavailable,
+    QueueError,
     TaskRefused,
 )
 from dispatcher.model import Attempt, Delivery, Exit, Handle, Outcome, State
@@ -121,6 +121,9 @@ class Pipeline:
                     await self._give_up(delivery, lease, verdict)
         except LeaseLost:
             log.warning("task.lost_to_another", task_id=lease.task_id, attempt=delivery.attempt)
+        except Exception:
+            # It could not even be given up: the lease lapses, and whoever takes it over goes on.
+            log.exception("task.left_to_its_lease", task_id=lease.task_id, attempt=delivery.attempt)
         finally:
             self._keeper.forget(lease)
             self._logs.ended(lease.task_id)
@@ -133,7 +136,7 @@ class Pipeline:
             return None
         except LeaseLost:
             raise
-        except QueueUnavailable as error:
+        except QueueError as error:
             # Nothing is started without Redis' word. What was created is found by its name.
             log.warning("task.redis_away", task_id=lease.task_id, error=str(error))
             return Verdict("detach" if self._may_have_container(delivery, lease) else "release", _NOTHING)
@@ -289,7 +292,7 @@ class Pipeline:
         """Record something of a container that runs; Redis' absence is no reason to leave it."""
         try:
             await lease.mark(State.RUNNING, fields)
-        except QueueUnavailable as error:
+        except QueueError as error:
             log.warning(
                 "task.note_not_recorded", task_id=lease.task_id, fields=sorted(fields), error=str(error)
             )

@@ -19,7 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from dispatcher import __version__
-from dispatcher.errors import ConfigurationError, QueueUnavailable
+from dispatcher.errors import ConfigurationError, QueueRefused, QueueUnavailable
 
 #: Who we are in CLIENT LIST. Left to itself, redis-py reads its own version from disk for every
 #: new connection, in the middle of the event loop.
@@ -78,7 +78,7 @@ def masked(url: str) -> str:
 
 @contextmanager
 def sorted_errors() -> Iterator[None]:
-    """Turn redis-py's exceptions into ours. Programming errors (wrong type, script) pass as they are."""
+    """Turn every exception of redis-py into QueueUnavailable or QueueRefused."""
     try:
         yield
     except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
@@ -89,12 +89,13 @@ def sorted_errors() -> Iterator[None]:
         raise QueueUnavailable(f"Redis is a read-only replica: {error}") from error
     except exceptions.OutOfMemoryError as error:
         raise QueueUnavailable(f"Redis is out of memory: {error}") from error
-    except exceptions.ResponseError as error:
-        if match := _PASSING.match(str(error)):
-            if match[0].endswith("OOM"):
-                raise QueueUnavailable(f"Redis is out of memory: {error}") from error
-            raise QueueUnavailable(f"Redis can't serve us now: {error}") from error
-        raise
+    except exceptions.RedisError as error:
+        match = _PASSING.match(str(error))
+        if match is None:
+            raise QueueRefused(f"Redis refuses a command: {error}") from error
+        if match[0].endswith("OOM"):
+            raise QueueUnavailable(f"Redis is out of memory: {error}") from error
+        raise QueueUnavailable(f"Redis can't serve us now: {error}") from error
 
 
 async def command(redis: Redis, *parts: str | bytes | float) -> Any:
@@ -102,7 +103,7 @@ async def command(redis: Redis, *parts: str | bytes | float) -> Any:
 
     Replies are as RESP2 has them, put into tuples and dicts by redis-py. (Its own methods are
     typed for every protocol and decoding at once, and so hardly at all.)
-    Raises QueueUnavailable.
+    Raises QueueUnavailable, QueueRefused.
     """
     with sorted_errors():
         return await cast(Callable[..., Awaitable[Any]], redis.execute_command)(*parts)
@@ -113,7 +114,7 @@ async def read_after(
 ) -> list[tuple[str, str, dict[bytes, bytes]]]:
     """Up to ``count`` entries a stream after its cursor, as (key, entry id, fields).
 
-    Blocks for BLOCK_TIMEOUT at most. Raises QueueUnavailable.
+    Blocks for BLOCK_TIMEOUT at most. Raises QueueUnavailable, QueueRefused.
     """
     block = int(BLOCK_TIMEOUT * 1000)
     reply = await command(

@@ -10,7 +10,7 @@ from random import uniform
 import anyio
 import structlog
 
-from dispatcher.errors import LeaseLost, QueueUnavailable
+from dispatcher.errors import LeaseLost, QueueError, QueueUnavailable
 from dispatcher.model import Delivery, Outcome, State
 from dispatcher.queue.store import Action, Budget, Settlement, Store
 
@@ -169,7 +169,7 @@ class LeaseKeeper:
                 answers = await self.store.renew_all(
                     [(task_id, lease.owner) for task_id, lease in leases.items()], self.lease_seconds
                 )
-            except QueueUnavailable as error:
+            except QueueError as error:
                 log.warning("leases.not_renewed", held=len(leases), error=str(error))
                 continue
             for (task_id, lease), answer in zip(leases.items(), answers, strict=True):

@@ -8,7 +8,7 @@ from random import uniform
 import anyio
 import structlog
 
-from dispatcher.errors import QueueUnavailable
+from dispatcher.errors import QueueError
 from dispatcher.queue.store import Limits, Store, Tick, new_task_id
 
 log = structlog.get_logger(__name__)
@@ -65,7 +65,7 @@ class Recovery:
             pause = uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
             try:
                 tick = await self._tick(self._info())
-            except QueueUnavailable as error:
+            except QueueError as error:
                 self.healthy = False
                 log.warning("tick.failed", error=str(error))
                 continue

@@ -14,7 +14,7 @@ from random import uniform
 import anyio
 import structlog
 
-from dispatcher.errors import QueueUnavailable
+from dispatcher.errors import QueueError
 from dispatcher.model import Delivery
 from dispatcher.queue.connection import connect, read_after
 from dispatcher.queue.store import Store
@@ -92,7 +92,7 @@ class StreamSource:
             while True:
                 try:
                     heard = await read_after(redis, 1, cursors)
-                except QueueUnavailable as error:
+                except QueueError as error:
                     log.warning("doorbell.disconnected", error=str(error))
                     await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter
                     pause = min(MAX_PAUSE, pause * 2)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dispatcher.errors import TaskNotFound
-from dispatcher.model import DEFAULT_QUEUE, Reason, State
+from dispatcher.model import DEFAULT_QUEUE, RESERVED_QUEUES, Reason, State
 from dispatcher.queue.connection import command, sorted_errors
 from dispatcher.queue.store import Store
 
@@ -18,7 +18,10 @@ from dispatcher.queue.store import Store
 PAGE = 200
 #: Records looked at for one listing, so that a filter that fits nothing has an end.
 MAX_LOOKED_AT = 20_000
-_ENTRY_ID = re.compile(r"([a-z0-9-]{1,24})\.(\d+-\d+)")
+#: A plain entry's task: its queue and its entry, whose numbers have 64 bits.
+_ENTRY_ID = re.compile(r"([a-z0-9-]{1,24})\.([0-9]{1,19}-[0-9]{1,19})")
+#: The last second a datetime can tell. Entry ids and `not_before` may lie beyond it.
+_LAST_SECOND = 253_402_300_799
 _FIELDS = (
     "state", "queue", "attempt", "reason", "message", "exit_code", "accepted", "started", "finished",
     "due", "owner", "container", "daemon", "traceparent", "cancel", "alias", "takeovers",
@@ -210,10 +213,12 @@ class Views:
 
     async def _waiting_entry(self, task_id: str) -> TaskStatus | None:
         match = _ENTRY_ID.fullmatch(task_id)
-        if not match:
+        if not match or match[1] in RESERVED_QUEUES:
             return None
         found = await command(self._redis, "XRANGE", self._keys.queue(match[1]), match[2], match[2])
-        return _waiting(match[1], match[2]) if found else None
+        if not found or b"ref" in found[0][1]:  # it carries a task that has an id of its own
+            return None
+        return _waiting(match[1], match[2])
 
     async def _waiting_entries(self, queue: str | None, limit: int) -> list[TaskStatus]:
         """Plain entries: those a client submitted have a record and come with the others."""
@@ -235,7 +240,7 @@ class Views:
 
 
 def _time(ms: str) -> datetime | None:
-    return datetime.fromtimestamp(int(ms) / 1000, UTC) if ms else None
+    return datetime.fromtimestamp(min(int(ms) / 1000, _LAST_SECOND), UTC) if ms else None
 
 
 def _status(task_id: str, r: dict[str, str]) -> TaskStatus:

