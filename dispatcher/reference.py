@@ -46,7 +46,7 @@ class ImageReference:
             raise ValueError("the tag must match [A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
         registry, repository = _split_domain(name)
         if not _DOMAIN.fullmatch(registry):
-            raise ValueError(f"{registry!r} is not a registry's host name")
+            raise ValueError("the part before the first / is not a registry's host name")
         if not repository or not _PATH.fullmatch(repository):
             raise ValueError("the name must be lower-case letters, digits and . _ - / separators")
         if len(registry) + 1 + len(repository) > MAX_NAME_LENGTH:

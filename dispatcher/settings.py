@@ -33,7 +33,10 @@ _QUEUE = re.compile(QUEUE_PATTERN)
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
-    parts = urlsplit(value.get_secret_value())
+    try:
+        parts = urlsplit(value.get_secret_value())
+    except ValueError:  # its message may hold the password
+        raise ValueError("is not a URL") from None
     if parts.scheme == "redis+sentinel":
         raise ValueError("redis+sentinel:// is not supported yet")
     if parts.scheme not in _REDIS_SCHEMES:
@@ -181,7 +184,7 @@ class Settings(BaseSettings):
     """Network of a task that names none."""
     allowed_networks: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = ("none", "bridge")
     """Networks a task may ask for."""
-    task_max_cpus: Annotated[float, Field(gt=0)] | None = None
+    task_max_cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The most processors a task may ask for."""
     task_max_memory: Size | None = None
     """The most memory a task may ask for."""
@@ -228,8 +231,8 @@ class SecretFileSource(PydanticBaseSettingsSource):
             return None, field_name, False
         try:
             return Path(path).read_text("utf-8").strip(), field_name, False
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError([f"{field_name.upper()}_FILE: can't read {path}: {error}"]) from error
+        except (OSError, UnicodeDecodeError):
+            return None, field_name, False  # `load` tells it, with all else that is wrong
 
     def __call__(self) -> dict[str, Any]:
         """All values this source has."""
@@ -259,7 +262,7 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     given = {name.lower(): value for name, value in (flags or {}).items() if value is not None}
     if config is not None and not config.is_file():
         raise ConfigurationError([f"--config: there is no file {config}"])
-    problems = _mutually_exclusive()
+    problems = _mutually_exclusive() + _unreadable()
     Settings.toml_path = config
     try:
         settings = Settings(**given)
@@ -283,6 +286,18 @@ def _mutually_exclusive() -> list[str]:
         for name in names
         if os.environ.get(name) and os.environ.get(f"{name}_FILE")
     ]
+
+
+def _unreadable() -> list[str]:
+    problems = []
+    for name in filter(is_secret, Settings.model_fields):
+        variable = f"{name.upper()}_FILE"
+        if path := os.environ.get(variable):
+            try:
+                Path(path).read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{variable}: can't read {path}: {error}")
+    return problems
 
 
 def _together(s: Settings) -> list[str]:

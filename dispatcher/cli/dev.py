@@ -67,6 +67,8 @@ def dev(
         if why:
             flags["backend"] = "process"
         async with _queue(directory, loaded.settings.queue_redis if given else None) as url:
+            if not given:  # nothing of a queue of our own lies elsewhere
+                flags["state_redis_url"] = url
             settings = session.load(**flags, redis_url=url).settings
             health = ("127.0.0.1", port or settings.health_port or free_port(PREFERRED_PORT))
             instance = Instance(settings, lambda: _backend(settings))
@@ -120,9 +122,8 @@ def _welcome(settings: Settings, health: tuple[str, int], why_no_docker: str) ->
         backend, task = settings.backend, ["busybox", "--", "echo", "hello"]
     if why_no_docker:
         tell(f"dispatcher: {why_no_docker}; using the process backend")
-    elsewhere = [] if url == "redis://localhost:6379/0" else ["--redis-url", masked(url)]
     program = "dispatcher" if Path(sys.argv[0]).name == "dispatcher" else "python -m dispatcher"
-    submit = f"{program} {shlex.join([*elsewhere, 'submit', '--follow', *task])}"
+    submit = f"{program} {shlex.join(['--redis-url', masked(url), 'submit', '--follow', *task])}"
     tell(
         f"  Redis    {masked(url)}\n"
         f"  backend  {backend}\n"

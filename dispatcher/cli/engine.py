@@ -38,5 +38,5 @@ async def survey(settings: Settings, image: str | None = None) -> Engine:
         cause = next(leaves(error))
         if not isinstance(cause, BackendError | ConfigurationError):
             raise
-        return Engine(f"Docker does not answer: {cause}")
+        return Engine(str(cause))
     return found

@@ -4,12 +4,11 @@ unless it is a mistake of ours.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Iterator
 
-from dispatcher.cli.output import harmless
+from dispatcher.cli.output import OutputClosed, harmless
 
 DONE = 0
 FAILED = 1
@@ -22,10 +21,6 @@ NO_EXIT_CODE = 125
 INTERRUPTED = 130
 #: Nobody reads what we write any more; what a shell reports of a program that SIGPIPE ended.
 BROKEN_PIPE = 141
-
-
-class OutputClosed(Exception):
-    """Whoever read our stdout has gone."""
 
 
 class Stopped(Exception):
@@ -116,8 +111,3 @@ def exit_code_of_task(state: str, exit_code: int | None) -> int:
     if exit_code is None:
         return NO_EXIT_CODE
     return exit_code & 0xFF or FAILED
-
-
-def colours_wanted() -> bool:
-    """https://no-color.org: any value but the empty one says no."""
-    return not os.environ.get("NO_COLOR")

@@ -9,7 +9,6 @@ from random import uniform
 
 import anyio
 import structlog
-from anyio.abc import TaskStatus
 
 from dispatcher.backends.base import Backend
 from dispatcher.cli.exits import DONE, leaves
@@ -60,8 +59,8 @@ class Instance:
         """0 after a drain, as an orchestrator expects of what it told to end; else the signal's."""
         return DONE if len(self._signals) < 2 else 128 + self._signals[-1]
 
-    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Until drained. Started when the first task can be taken.
+    async def run(self, on_started: Callable[[], None]) -> None:
+        """Until drained; ``on_started`` is called when the first task can be taken.
 
         Waits for Redis and the backend, however long; each cause is told once.
         """
@@ -69,7 +68,7 @@ class Instance:
         with self._scope:
             while not self._stopping.is_set():
                 try:
-                    await self._life(task_status)
+                    await self._life(on_started)
                     return
                 except (ExceptionGroup, QueueUnavailable, BackendUnreachable) as error:
                     cause = next(leaves(error))
@@ -83,11 +82,11 @@ class Instance:
                 pause = min(2 * pause, LAST_PAUSE)
                 self._dispatcher = Dispatcher(self._settings, self._new_backend())
 
-    async def _life(self, task_status: TaskStatus[None]) -> None:
+    async def _life(self, on_started: Callable[[], None]) -> None:
         async with anyio.create_task_group() as group:
             await group.start(self._dispatcher.run, name="dispatcher")
             self._started = True
-            task_status.started()
+            on_started()
 
 
 async def attend(
@@ -112,10 +111,6 @@ async def attend(
             on_signal(count)
             instance.stop(signum)
 
-    async def live() -> None:
-        await group.start(instance.run, name="instance")
-        on_started()
-
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with anyio.create_task_group() as parts:
             parts.start_soon(heed_signals, name="signals")
@@ -124,7 +119,6 @@ async def attend(
 
                 app = health_app(instance.ready, instance.metrics)
                 await parts.start(partial(serve, app, host=health[0], port=health[1]), name="health")
-            async with anyio.create_task_group() as group:
-                group.start_soon(live)
+            await instance.run(on_started)
             parts.cancel_scope.cancel()
     return instance.exit_code

@@ -9,8 +9,7 @@ from typing import Any
 
 import structlog
 
-from dispatcher.cli.exits import colours_wanted
-from dispatcher.cli.output import harmless, is_terminal, one_line
+from dispatcher.cli.output import colours_wanted, harmless, is_terminal, one_line
 
 
 def configure(level: str, style: str) -> None:

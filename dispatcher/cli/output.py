@@ -19,6 +19,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
+
+class OutputClosed(Exception):
+    """Whoever read our stdout has gone."""
+
+
 #: C0 but tab and line end, DEL, C1, and the marks that reorder or break lines of text.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNSAFE_OR_BREAK = re.compile(f"[\t\n]|{_UNSAFE.pattern}")
@@ -46,6 +51,11 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def colours_wanted() -> bool:
+    """https://no-color.org: any value but the empty one says no."""
+    return not os.environ.get("NO_COLOR")
+
+
 def console(stream: TextIO) -> Console:
     """A rich console that reads no markup and honours NO_COLOR."""
     from rich.console import Console
@@ -56,14 +66,12 @@ def console(stream: TextIO) -> Console:
         emoji=False,
         highlight=False,
         soft_wrap=False,
-        color_system=None if os.environ.get("NO_COLOR") else "auto",
+        color_system="auto" if colours_wanted() else None,
     )
 
 
 def write(data: bytes) -> None:
     """Bytes to stdout, at once. Raises OutputClosed."""
-    from dispatcher.cli.exits import OutputClosed
-
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
@@ -141,8 +149,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Aligned columns with a header; the last may wrap on a terminal. Raises OutputClosed."""
     cells = [[cell(value) for value in row] for row in rows]
     if is_terminal(sys.stdout):
-        from dispatcher.cli.exits import OutputClosed
-
         try:
             console(sys.stdout).print(rich_table(columns, cells))
         except BrokenPipeError as error:

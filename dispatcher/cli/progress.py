@@ -75,6 +75,8 @@ async def _show(client: AsyncClient, task_id: str, image: str, line: StatusLine,
         what = f"{task_id}: {status.state}"
         if status.attempt > 1:
             what += f" (attempt {status.attempt})"
+        if status.state is State.SCHEDULED and status.message:
+            what += f", for: {status.message}"  # why the attempt before it failed
         detail = f"{time.monotonic() - began:.0f} s"
         if status.state is State.PULLING:
             detail = f"{await _pull(client, status.instance, image)}, {detail}"

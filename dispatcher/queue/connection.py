@@ -11,7 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from redis import DriverInfo, exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -73,7 +73,8 @@ def masked(url: str) -> str:
     # An '@' anywhere else comes from a password with characters that had to be quoted.
     if "@" in f"{parts.path}{query}{parts.fragment}":
         return f"{parts.scheme}://***"
-    return urlunsplit(parts._replace(netloc=f"{name}{':***' if colon else ''}{at}{host}", query=query))
+    shown = f"{parts.scheme}://{name}{':***' if colon else ''}{at}{host}{parts.path}"
+    return f"{shown}?{query}" if query else shown
 
 
 @contextmanager

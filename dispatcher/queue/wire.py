@@ -11,6 +11,8 @@ from dispatcher.model import Delivery, Task
 ENTRY_FIELDS = ("task", "traceparent", "tracestate")
 #: Of many mistakes in one document so many are told.
 MAX_PROBLEMS = 5
+#: A name that came in is told up to so many characters: a message is read, stored and logged.
+MAX_NAME = 100
 
 
 def parse_document(document: bytes) -> Task:
@@ -49,7 +51,7 @@ def _document_of(fields: tuple[tuple[bytes, bytes], ...]) -> bytes:
         if name == b"ref":
             raise InvalidTask("the entry refers to a task whose record is gone")
         if text not in ENTRY_FIELDS:
-            raise InvalidTask(f"entry field {text!r} is unknown; allowed: {', '.join(ENTRY_FIELDS)}")
+            raise InvalidTask(f"entry field {_short(text)!r} is unknown; allowed: {', '.join(ENTRY_FIELDS)}")
         if names.count(name) > 1:
             raise InvalidTask(f"entry field {text!r} is given more than once")
     documents = dict(fields)
@@ -63,17 +65,24 @@ def _refusal(error: ValidationError) -> InvalidTask:
     told = [_problem(p["type"], tuple(p["loc"]), p["msg"]) for p in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         told.append(f"and {len(problems) - MAX_PROBLEMS} more")
-    field = ".".join(str(part) for part in problems[0]["loc"]) if len(problems) == 1 else None
     refusal = InvalidTask("; ".join(told))
-    refusal.field = field or None
+    refusal.field = (_path(tuple(problems[0]["loc"])) or None) if len(problems) == 1 else None
     return refusal
 
 
 def _problem(kind: str, location: tuple[int | str, ...], message: str) -> str:
-    path = ".".join(str(part) for part in location if part != "[key]")
+    path = _path(location)
     message = message.removeprefix("Value error, ")
     if kind == "extra_forbidden":
         message = "unknown field"
         if len(location) == 1:
             message += f"; allowed: {', '.join(sorted(Task.model_fields))}"
     return f"{path}: {message}" if path else message
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return ".".join(_short(str(part)) for part in location if part != "[key]")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"

@@ -1,5 +1,5 @@
-"""One Redis and one instance for a module's tests that only use what is there; their tasks have
-ids of their own. A test that stops, counts or empties things takes ``program`` and starts its own.
+"""One Redis and one instance for all tests that only use what is there; their tasks have ids
+of their own. A test that stops, counts or empties things takes ``program`` and starts its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def program(redis_server: RedisUnderTest, tmp_path: Path) -> Program:
     return Program(redis_server.url, tmp_path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served() -> Iterator[Program]:
     """The program with a Redis and an instance that takes tasks."""
     directory = Path(tempfile.mkdtemp(prefix="cli-"))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pytest
-import redis
 from redis.crc import key_slot
 
 from dispatcher.errors import QueueUnavailable
@@ -30,7 +29,8 @@ class QueueUnderTest:
 
     def __init__(self, server: RedisUnderTest) -> None:
         self.server = server
-        self.redis = server.client()
+        #: Typed for every protocol and decoding at once, its own types would tell nothing.
+        self.redis: Any = server.client()
         self.store = Store(server.url, STREAM)
         #: Set by a test that destroys tasks on purpose: then nothing is said of what is left.
         self.destroyed = False
@@ -44,10 +44,10 @@ class QueueUnderTest:
         return STREAM if queue == "default" else self.key(queue)
 
     def ask(self, *command: str | bytes | float) -> Any:
-        return cast(Any, self.redis).execute_command(*command)
+        return self.redis.execute_command(*command)
 
     def record(self, task_id: str) -> dict[str, str]:
-        found = cast(dict[bytes, bytes], self.redis.hgetall(self.key(f"task:{task_id}")))
+        found = self.redis.hgetall(self.key(f"task:{task_id}"))
         return {name.decode(): value.decode("utf-8", "replace") for name, value in found.items()}
 
     def lifetime_ms(self, name: str) -> int:
@@ -56,20 +56,20 @@ class QueueUnderTest:
 
     def entries(self, name: str) -> list[dict[str, bytes]]:
         """Fields of all entries of ``results`` or ``dead``."""
-        found = cast(list[tuple[bytes, dict[bytes, bytes]]], self.redis.xrange(self.key(name)))
+        found = self.redis.xrange(self.key(name))
         return [{name.decode(): value for name, value in fields.items()} for _, fields in found]
 
     def members(self, name: str) -> dict[str, float]:
         """Of a sorted set of ours, with scores."""
-        found = cast(list[tuple[bytes, float]], self.redis.zrange(self.key(name), 0, -1, withscores=True))
+        found = self.redis.zrange(self.key(name), 0, -1, withscores=True)
         return {member.decode(): score for member, score in found}
 
     def length(self, queue: str = "default") -> int:
         return int(self.ask("XLEN", self.stream(queue)))
 
     def now_ms(self) -> int:
-        seconds, micros = cast(tuple[int, int], self.redis.time())
-        return seconds * 1000 + micros // 1000
+        seconds, micros = self.redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
 
     # --- verbs --------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class QueueUnderTest:
     def xadd(self, fields: Mapping[Any, Any] | str, queue: str = "default") -> str:
         """Add a plain entry; returns the id its task will have."""
         fields = {"task": fields} if isinstance(fields, str) else fields
-        entry = cast(bytes, self.redis.xadd(self.stream(queue), dict(fields)))
+        entry = self.redis.xadd(self.stream(queue), dict(fields))
         return f"{queue}.{entry.decode()}"
 
     async def take(
@@ -168,10 +168,14 @@ class QueueUnderTest:
             for task_id in self.members("index:leases"):
                 self.ask("ZADD", self.key("index:leases"), "XX", 1, task_id)
             await self.tick("last")
-            queues = {name: 1 for name in [*await self.store.queues(), "default"]}
+            queues = dict.fromkeys([*(await self.store.queues()), "default"], 1)
             prefix = self.key("inbox:")
             inboxes = [key.decode().removeprefix(prefix) for key in self.redis.keys(f"{prefix}*")]
-            taken = [d for daemon in [*inboxes, ""] for d in await self.take(1000, "last", queues=queues, daemon=daemon)]
+            taken = [
+                d
+                for daemon in [*inboxes, ""]
+                for d in await self.take(1000, "last", queues=queues, daemon=daemon)
+            ]
             for delivery in taken:
                 assert await self.finish(delivery) == "ok"
             if not taken and not self.members("index:leases") and not self.members("index:due"):
@@ -197,9 +201,10 @@ class QueueUnderTest:
             elif kind in {"task", "key", "control", "tail", "live", "follow"}:
                 if not expires:
                     left.append(name)
-            elif name not in {"results", "dead", "index:tails"} and kind != "meta":
-                if not name.startswith("index:finished:"):
-                    left.append(name)
+            elif name not in {"results", "dead", "index:tails"} and not name.startswith(
+                ("meta:", "index:finished:")
+            ):
+                left.append(name)
         assert not left, f"left for ever: {left}"
         ended = [entry["id"] for entry in self.entries("results")]
         assert len(ended) == len(set(ended)), "a task has two results"

@@ -138,7 +138,7 @@ async def test_the_entry_of_a_clients_task_is_no_task(queue: QueueUnderTest) -> 
 async def test_entries_of_other_streams_are_no_tasks(queue: QueueUnderTest, name: str) -> None:
     entry = queue.redis.xadd(queue.key(name), {"id": "x", "task": "y"})
     with pytest.raises(TaskNotFound):
-        await queue.store.cancel(f"{name}.{entry.decode()}")  # type: ignore[union-attr]
+        await queue.store.cancel(f"{name}.{entry.decode()}")
     assert len(queue.entries(name)) == 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import anyio
@@ -105,10 +105,9 @@ async def test_many_are_submitted_together_and_answered_each_in_order(
     assert isinstance(answers[8], UnknownQueue)
     handles = [answer for answer in answers if isinstance(answer, AsyncHandle)]
     assert [h.id for h in handles] == [f"t{n}" for n in range(250) if n not in {7, 8}]
-    async with working(queue):
-        async with anyio.create_task_group() as group:
-            for handle in handles:
-                group.start_soon(handle.wait, 20)
+    async with working(queue), anyio.create_task_group() as group:
+        for handle in handles:
+            group.start_soon(handle.wait, 20)
 
 
 async def test_the_same_key_is_the_same_task(client: AsyncClient) -> None:
@@ -270,7 +269,7 @@ def test_the_same_verbs_without_await(redis_server: RedisUnderTest) -> None:
         result = handle.wait(timeout=10)
         assert (result.id, result.state) == (handle.id, State.SUCCEEDED)
         assert handle.status() == result
-        assert list(handle.logs())[0] == f"output of {handle.id}"
+        assert next(iter(handle.logs())) == f"output of {handle.id}"
         answers = client.submit_many([BUSYBOX, Task(image="busybox", queue="nowhere")])
         assert isinstance(answers[0], Handle)
         assert isinstance(answers[1], UnknownQueue)
@@ -288,6 +287,7 @@ def test_output_that_is_not_read_to_its_end_leaves_nothing_open(redis_server: Re
         handle = client.submit(BUSYBOX)
         handle.wait(timeout=10)
         lines = handle.logs()
+        assert isinstance(lines, Generator)
         assert next(lines)
         lines.close()
 

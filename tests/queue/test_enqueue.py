@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import anyio
 import pytest
@@ -119,7 +118,7 @@ async def test_a_document_that_is_too_large_is_refused(queue: QueueUnderTest) ->
 
 
 async def test_a_queue_that_nobody_serves_is_refused_with_those_there_are(queue: QueueUnderTest) -> None:
-    with pytest.raises(UnknownQueue, match="nowhere.*default, high, low"):
+    with pytest.raises(UnknownQueue, match=r"nowhere.*default, high, low"):
         await queue.submit(queue="nowhere")
     assert not queue.redis.exists(queue.key("nowhere"))
 
@@ -159,15 +158,15 @@ async def test_the_trace_of_the_producer_goes_with_the_task(queue: QueueUnderTes
 async def test_many_at_once_are_each_answered(queue: QueueUnderTest) -> None:
     answers: dict[int, str] = {}
 
-    async def one(number: int, **fields: Any) -> None:
+    async def one(number: int, command: list[str] | None) -> None:
         try:
-            answers[number] = await queue.submit(id=f"id-{number % 100}", **fields)
+            answers[number] = await queue.submit(id=f"id-{number % 100}", command=command)
         except TaskConflict:
             answers[number] = "conflict"
 
     async with anyio.create_task_group() as group:
         for number in range(300):
-            group.start_soon(lambda n=number: one(n, command=["false"] if n >= 200 else None))
+            group.start_soon(one, number, ["false"] if number >= 200 else None)
     assert answers == {n: f"id-{n % 100}" if n < 200 else "conflict" for n in range(300)}
     assert queue.length() == 100
 

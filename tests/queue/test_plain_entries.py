@@ -48,7 +48,9 @@ async def test_what_came_back_is_read_from_its_record(queue: QueueUnderTest) -> 
     [
         pytest.param({"job": "x"}, "entry field 'job' is unknown", id="unknown field alone"),
         pytest.param(
-            {"task": '{"image":"busybox"}', "prio": "1"}, "'prio' is unknown; allowed: task", id="unknown field"
+            {"task": '{"image":"busybox"}', "prio": "1"},
+            "'prio' is unknown; allowed: task",
+            id="unknown field",
         ),
         pytest.param({"traceparent": TRACE}, "no field 'task'", id="missing task"),
         pytest.param({"task": ""}, "no field 'task'", id="empty task"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import anyio
 import pytest
 
@@ -27,7 +25,7 @@ def waits(queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch) -> Results:
 
 def readers(queue: QueueUnderTest) -> int:
     """Clients that block in a read."""
-    return int(cast(dict[str, Any], queue.redis.info("clients"))["blocked_clients"])
+    return int(queue.redis.info("clients")["blocked_clients"])
 
 
 async def test_an_end_is_told_to_who_waits(queue: QueueUnderTest, waits: Results) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import anyio
 import pytest
@@ -52,7 +51,7 @@ async def listening(source: StreamSource) -> AsyncIterator[None]:
 
 
 def calls(queue: QueueUnderTest, command: str) -> int:
-    found = cast(dict[str, Any], queue.redis.info("commandstats"))
+    found = queue.redis.info("commandstats")
     return int(found.get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 

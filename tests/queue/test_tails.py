@@ -91,9 +91,7 @@ async def test_interest_is_shown_for_a_while(tails: Tails, queue: QueueUnderTest
     assert queue.lifetime_ms("follow:one") > 0
 
 
-async def test_live_pieces_run_by_from_where_one_was(
-    tails: Tails, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_live_pieces_run_by_from_where_one_was(tails: Tails, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "BLOCK_TIMEOUT", 0.05)
     await tails.publish("one", 1, 0, b"\xffab")
     await tails.publish("one", 1, 3, b"cd")

@@ -180,6 +180,20 @@ async def test_entries_another_reader_has_pending_are_not_given_twice_nor_block_
     queue.redis.delete(STREAM)
 
 
+@pytest.mark.parametrize("weight", [1, 0])
+async def test_entries_another_reader_has_pending_cost_other_queues_no_turn(
+    queue: QueueUnderTest, weight: int
+) -> None:
+    for _ in range(20):
+        queue.xadd('{"image": "busybox"}')
+    queue.ask("XREADGROUP", "GROUP", GROUP, "foreign", "COUNT", 20, "STREAMS", STREAM, ">")
+    for _ in range(6):
+        await queue.submit(queue="low")
+    offer = {"default": 9, "low": weight}
+    assert [len(await queue.take(n, queues=offer)) for n in (1, 1, 3, 5)] == [1, 1, 3, 1]
+    queue.redis.delete(STREAM)
+
+
 async def test_a_key_of_the_wrong_type_is_told_as_it_is(queue: QueueUnderTest) -> None:
     queue.redis.delete(STREAM)
     queue.redis.lpush(STREAM, "x")

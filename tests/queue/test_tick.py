@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import pytest
 
 from dispatcher.queue.store import FORGET_LEASES, TICK_LIMIT, Limits
@@ -13,7 +11,7 @@ META = "meta:counters"
 
 
 def group_consumers(queue: QueueUnderTest, name: str = "default") -> set[str]:
-    found = cast(list[dict[str, Any]], queue.redis.xinfo_consumers(queue.stream(name), GROUP))
+    found = queue.redis.xinfo_consumers(queue.stream(name), GROUP)
     return {consumer["name"].decode() for consumer in found}
 
 
@@ -22,7 +20,7 @@ async def test_the_first_tick_makes_groups_at_the_beginning_and_a_namespace(queu
     queue.xadd('{"image": "busybox"}')
     assert (await queue.tick("a")).namespace == "0123456789abcdef"
     for name in WEIGHTS:
-        ((group),) = cast(list[dict[str, Any]], queue.redis.xinfo_groups(queue.stream(name)))
+        ((group),) = queue.redis.xinfo_groups(queue.stream(name))
         assert (group["name"], group["last-delivered-id"]) == (GROUP.encode(), b"0-0")
     assert await queue.store.queues() == ["default", "high", "low"]
     assert len(await queue.take()) == 1

@@ -66,7 +66,7 @@ async def test_an_unknown_task_is_told(views: Views, task_id: str) -> None:
 async def test_entries_that_are_no_tasks_are_not_shown_as_tasks(queue: QueueUnderTest, views: Views) -> None:
     entry = queue.record(await queue.submit())["entry"]
     dead = queue.redis.xadd(queue.key("dead"), {"id": "x"})
-    for task_id in (f"default.{entry}", f"dead.{dead.decode()}"):  # type: ignore[union-attr]
+    for task_id in (f"default.{entry}", f"dead.{dead.decode()}"):
         with pytest.raises(TaskNotFound):
             await views.task(task_id)
 

@@ -64,6 +64,9 @@ local function share_out(queues, n)
   for i = 1, #turns, 2 do
     credit[turns[i]] = tonumber(turns[i + 1])
   end
+  for _, q in ipairs(queues) do
+    q.picks = 0
+  end
   local function pick(idle)
     local best, total = nil, 0
     for _, q in ipairs(queues) do
@@ -173,7 +176,7 @@ end
 local queues = {}
 for i = FIRST_QUEUE, #ARGV, 2 do
   if redis.call('SISMEMBER', PAUSED, ARGV[i]) == 0 then
-    queues[#queues + 1] = { name = ARGV[i], weight = tonumber(ARGV[i + 1]), picks = 0 }
+    queues[#queues + 1] = { name = ARGV[i], weight = tonumber(ARGV[i + 1]) }
   end
 end
 
@@ -181,16 +184,21 @@ while daemon ~= '' and #taken < wanted and redis.call('ZCARD', inbox_of(daemon))
   take_from(inbox_of(daemon))
 end
 take_ready(queues)
-if #taken < wanted then
-  for _, q in ipairs(queues) do
-    q.left = redis.call('XLEN', stream_of(q.name))
-  end
+for _, q in ipairs(queues) do
+  q.left = redis.call('XLEN', stream_of(q.name))
+end
+local short = true
+while short and #taken < wanted do
+  short = false
   share_out(queues, wanted - #taken)
   for _, q in ipairs(queues) do
     if q.picks > 0 then
       local entries = read(q)
       if entries.err then
         return entries
+      end
+      if #entries < q.picks then
+        q.left, short = 0, true -- another reader has the rest pending: its share is for the others
       end
       take_entries(q, entries)
     end

@@ -1,0 +1,134 @@
+"""The consumers of one instance."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from dispatcher.dispatch.slots import Slot, Slots
+
+LONG = 60.0
+
+
+async def test_all_free_slots_are_reserved_and_the_unused_given_back() -> None:
+    slots = Slots(3)
+    assert await slots.reserve() == 3
+    assert slots.used == 3
+    slots.release(2)
+    assert slots.used == 1
+    assert await slots.reserve() == 2
+
+
+async def test_who_finds_none_waits_for_one() -> None:
+    slots = Slots(1)
+    await slots.reserve()
+    reserved = []
+
+    async def reader() -> None:
+        reserved.append(await slots.reserve())
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(reader)
+            await anyio.wait_all_tasks_blocked()
+            assert reserved == []
+            slots.release()
+    assert reserved == [1]
+
+
+async def test_who_returns_is_served_before_the_reader() -> None:
+    slots = Slots(1)
+    await slots.reserve()
+    order = []
+
+    async def reader() -> None:
+        await slots.reserve()
+        order.append("reader")
+
+    async def returning() -> None:
+        assert await slots.return_within(LONG)
+        order.append("returning")
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(reader)
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(returning)
+            await anyio.wait_all_tasks_blocked()
+            slots.release()
+            await anyio.wait_all_tasks_blocked()
+            assert order == ["returning"]
+            assert slots.used == 1
+            slots.release()
+    assert order == ["returning", "reader"]
+
+
+async def test_who_returns_waits_only_so_long_and_leaves_no_trace() -> None:
+    slots = Slots(1)
+    await slots.reserve()
+    with anyio.fail_after(5):
+        assert not await slots.return_within(0.01)
+        slots.release()
+        assert slots.used == 0
+        assert await slots.return_within(0.0)
+        assert slots.used == 1
+
+
+@pytest.mark.parametrize("served_first", [False, True])
+async def test_who_is_cancelled_while_returning_holds_no_slot(served_first: bool) -> None:
+    slots = Slots(1)
+    await slots.reserve()
+    served = []
+
+    async def returning() -> None:
+        served.append(await slots.return_within(LONG))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(returning)
+            await anyio.wait_all_tasks_blocked()
+            if served_first:
+                slots.release()
+            group.cancel_scope.cancel()
+        assert served in ([], [True])
+        if served or not served_first:
+            slots.release()
+        assert slots.used == 0
+        assert await slots.reserve() == 1
+
+
+async def test_several_who_return_are_served_in_their_order() -> None:
+    slots = Slots(2)
+    await slots.reserve()
+    order = []
+
+    async def returning(number: int) -> None:
+        await slots.return_within(LONG)
+        order.append(number)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            for number in range(3):
+                group.start_soon(returning, number)
+                await anyio.wait_all_tasks_blocked()
+            slots.release(2)
+            await anyio.wait_all_tasks_blocked()
+            assert order == [0, 1]
+            slots.release()
+    assert order == [0, 1, 2]
+
+
+async def test_a_hold_is_let_go_of_once_and_regained() -> None:
+    slots = Slots(1)
+    await slots.reserve()
+    slot = Slot(slots)
+    slot.release()
+    slot.release()
+    assert (slot.held, slots.used) == (False, 0)
+    assert await slot.regain(LONG)
+    assert (slot.held, slots.used) == (True, 1)
+    slot.release()
+    await slots.reserve()
+    assert not await slot.regain(0.01)
+    slot.release()
+    assert (slot.held, slots.used) == (False, 1)
