@@ -201,7 +201,8 @@ class Dispatcher:
         await self.store.aclose()
         await self.tails.aclose()
         self.telemetry.shutdown()
-        log.info("instance.stopped", instance=self.settings.instance_id)
+        if self._started:
+            log.info("instance.stopped", instance=self.settings.instance_id)
 
     # --- work ---------------------------------------------------------------------------
 
@@ -235,8 +236,7 @@ class Dispatcher:
                 log.warning("tasks.not_taken", error=str(error))
                 pause = TAKE_PAUSE
             finally:
-                if reserved > len(taken):
-                    self.slots.release(reserved - len(taken))
+                self.slots.settle(len(taken))
             if pause:
                 await anyio.sleep(pause)
             if not taken:
@@ -279,8 +279,8 @@ class Dispatcher:
             await self._look()
 
     def _set_health(self, health: Health) -> None:
-        if health.ok != self.health.ok:
-            log.info("backend.health_changed", ok=health.ok, detail=health.detail)
+        if self._started and health.ok != self.health.ok:
+            log.warning("backend.health_changed", ok=health.ok, detail=health.detail)
         if health.ok:
             self._healthy.set()
         elif self._healthy.is_set():

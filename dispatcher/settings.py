@@ -140,7 +140,7 @@ class Settings(BaseSettings):
     """Containers this instance runs at the same time."""
     max_concurrent_pulls: Annotated[int, Field(ge=1, le=100)] = 4
     """Image pulls this instance runs at the same time."""
-    max_waiting_pulls: Annotated[int, Field(ge=0, le=100_000)] = 100
+    max_waiting_pulls: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Tasks that may wait for an image without holding a consumer."""
     pull_stall_timeout: Positive = 120.0
     """Seconds without progress until a pull is given up."""

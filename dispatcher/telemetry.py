@@ -32,7 +32,10 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        reader = PrometheusMetricReader(disable_target_info=True, registry=self._registry)
+        # The scope would stand on every series as three labels that never differ.
+        reader = PrometheusMetricReader(
+            disable_target_info=True, scope_info_enabled=False, registry=self._registry
+        )
         view = View(instrument_type=Histogram, aggregation=ExplicitBucketHistogramAggregation(_BUCKETS))
         # Given outright: left to itself the SDK looks for its resource in threads it waits for.
         resource = Resource({"service.name": "dispatcher", "service.version": __version__})

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from blockbuster import blockbuster_ctx
 
+from dispatcher.settings import Settings
+
 pytest_plugins = ["tests.support.engine", "tests.support.redis_server", "tests.support.registry"]
 
 #: Variables of a developer's own environment that would change what is tested.
-_OURS = ("REDIS_URL", "STATE_REDIS_URL", "QUEUES", "QUEUE_STREAM_NAME", "BACKEND", "INSTANCE_ID", "LOG_FORMAT")
+_OURS = [variable for name in Settings.model_fields for variable in (name.upper(), f"{name.upper()}_FILE")]
 
 
 @pytest.fixture(autouse=True)

@@ -26,9 +26,7 @@ def load_backend(settings: Settings, *, allow_process: bool) -> Backend:
         case "process":
             if not (allow_process or settings.allow_process_backend):
                 raise ConfigurationError(
-                    [
-                        "BACKEND: 'process' isolates nothing; `serve` uses it only with ALLOW_PROCESS_BACKEND=true"
-                    ]
+                    ["BACKEND: 'process' isolates nothing; it needs ALLOW_PROCESS_BACKEND=true here"]
                 )
             from dispatcher.backends.process import ProcessBackend
 

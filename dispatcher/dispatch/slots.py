@@ -13,21 +13,30 @@ class Slots:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._free = capacity
+        self._reserved = 0
         self._returning: deque[anyio.Event] = deque()
         self._changed = anyio.Event()
 
     @property
     def used(self) -> int:
-        """Slots held now."""
-        return self.capacity - self._free
+        """Slots that tasks hold now."""
+        return self.capacity - self._free - self._reserved
 
     async def reserve(self) -> int:
-        """Wait until at least one slot is free and nobody returns to one; reserve all that are."""
+        """Wait until at least one slot is free and nobody returns to one; reserve all that are.
+
+        ``settle`` says how many of them tasks hold from then on.
+        """
         while not self._free:
             self._changed = anyio.Event()
             await self._changed.wait()
-        reserved, self._free = self._free, 0
-        return reserved
+        self._reserved, self._free = self._free, 0
+        return self._reserved
+
+    def settle(self, held: int) -> None:
+        """Of what was reserved ``held`` slots have a task now; the rest is free again."""
+        rest, self._reserved = self._reserved - held, 0
+        self.release(rest)
 
     def release(self, n: int = 1) -> None:
         """Give ``n`` slots back; those who return are served first."""

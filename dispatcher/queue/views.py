@@ -24,7 +24,7 @@ _ENTRY_ID = re.compile(r"([a-z0-9-]{1,24})\.([0-9]{1,19}-[0-9]{1,19})")
 _LAST_SECOND = 253_402_300_799
 _FIELDS = (
     "state", "queue", "attempt", "reason", "message", "exit_code", "accepted", "started", "finished",
-    "due", "owner", "container", "daemon", "traceparent", "cancel", "alias", "takeovers",
+    "due", "instance", "container", "daemon", "traceparent", "cancel", "alias", "takeovers",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class TaskStatus:
     started_at: datetime | None = None
     finished_at: datetime | None = None
     not_before: datetime | None = None
-    #: The instance that holds it; '' if none does.
+    #: The instance that holds it, or held it last; '' if none ever did.
     instance: str = ""
     container_id: str = ""
     daemon: str = ""
@@ -54,7 +54,8 @@ class TaskStatus:
 
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
-    """One queue. ``depth`` is what waits: in the stream and what came back."""
+    """One queue. ``depth`` is what waits: in the stream and what came back; ``in_flight`` is
+    what instances hold, and containers that wait to be adopted."""
 
     name: str
     depth: int
@@ -134,21 +135,26 @@ class Views:
     async def tasks(
         self, *, state: State | None = None, queue: str | None = None, limit: int = 100
     ) -> list[TaskStatus]:
-        """The newest tasks first: those without an end, then those that ended."""
+        """Up to ``limit`` tasks, the newest first: by their end, or by their acceptance without one."""
         found: list[TaskStatus] = []
         if state is None or state is State.QUEUED:
             found += await self._waiting_entries(queue, limit)
         for index in await self._indexes(state, queue):
-            start = 0
-            while len(found) < limit and start < MAX_LOOKED_AT:
-                ids = await command(self._redis, "ZREVRANGE", index, start, start + PAGE - 1)
-                for status in await self.by_ids([task_id.decode() for task_id in ids]):
-                    wanted = status and (state in {None, status.state}) and (queue in {None, status.queue})
-                    if status and wanted:
-                        found.append(status)
-                start += PAGE
-                if len(ids) < PAGE:
-                    break
+            found += await self._newest(index, state, queue, limit)
+        found.sort(key=_moment, reverse=True)
+        return found[:limit]
+
+    async def _newest(
+        self, index: str, state: State | None, queue: str | None, limit: int
+    ) -> list[TaskStatus]:
+        """The newest of one index that fit."""
+        found: list[TaskStatus] = []
+        for start in range(0, MAX_LOOKED_AT, PAGE):
+            ids = await command(self._redis, "ZREVRANGE", index, start, start + PAGE - 1)
+            statuses = await self.by_ids([task_id.decode() for task_id in ids])
+            found += [s for s in statuses if s and state in {None, s.state} and queue in {None, s.queue}]
+            if len(ids) < PAGE or len(found) >= limit:
+                break
         return found[:limit]
 
     async def queues(self) -> list[QueueInfo]:
@@ -205,6 +211,9 @@ class Views:
         entries = await command(self._redis, "XREVRANGE", self._keys.of("dead"), "+", "-", "COUNT", limit)
         return [_dead_letter(entry_id.decode(), fields) for entry_id, fields in entries]
 
+    async def _members(self, index: str) -> list[str]:
+        return [i.decode() for i in await command(self._redis, "ZRANGE", self._keys.of(index), 0, -1)]
+
     async def _now_ms(self) -> int:
         seconds, micros = await command(self._redis, "TIME")
         return int(seconds) * 1000 + int(micros) // 1000
@@ -239,6 +248,10 @@ class Views:
         return ended if state.terminal else [self._keys.of("index:open")]
 
 
+def _moment(status: TaskStatus) -> datetime:
+    return status.finished_at or status.accepted_at or datetime.min.replace(tzinfo=UTC)
+
+
 def _time(ms: str) -> datetime | None:
     return datetime.fromtimestamp(min(int(ms) / 1000, _LAST_SECOND), UTC) if ms else None
 
@@ -257,7 +270,7 @@ def _status(task_id: str, r: dict[str, str]) -> TaskStatus:
         started_at=_time(r["started"]),
         finished_at=_time(r["finished"]) if state.terminal else None,
         not_before=_time(r["due"]) if state is State.SCHEDULED else None,
-        instance=r["owner"].split("/")[0],
+        instance=r["instance"],
         container_id=r["container"],
         daemon=r["daemon"],
         traceparent=r["traceparent"],

@@ -75,7 +75,7 @@ BAD = [
     ("NUM_CONSUMERS", "0", "greater than or equal to 1"),
     ("NUM_CONSUMERS", "ten", "valid integer"),
     ("MAX_CONCURRENT_PULLS", "0", "greater than or equal to 1"),
-    ("MAX_WAITING_PULLS", "-1", "greater than or equal to 0"),
+    ("MAX_WAITING_PULLS", "-1", "greater than or equal to 1"),
     ("PULL_STALL_TIMEOUT", "0", "greater than 0"),
     ("BACKEND", "Docker Engine", "pattern"),
     ("ALLOW_PROCESS_BACKEND", "perhaps", "valid boolean"),

@@ -9,6 +9,7 @@ local LEASES = BASE .. 'index:leases' -- every task in some instance's hands, by
 local DUE = BASE .. 'index:due' -- every scheduled task, by the time it may start
 local META = BASE .. 'meta:counters'
 local QUEUES = BASE .. 'meta:queues'
+local DAEMONS = BASE .. 'meta:daemons'
 local PAUSED = BASE .. 'meta:paused'
 
 local ENDED = { succeeded = true, failed = true, cancelled = true }
@@ -91,6 +92,7 @@ local function put_back(id)
     if r[4] == 'scheduled' then
       redis.call('HSET', record_key(id), 'state', 'queued')
     end
+    redis.call('SADD', DAEMONS, r[3])
     redis.call('ZADD', inbox_of(r[3]), r[2], id)
   else
     redis.call('HSET', record_key(id), 'state', 'queued')

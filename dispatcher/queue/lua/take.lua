@@ -18,7 +18,7 @@ go_on_without_memory()
 local function hold(id)
   local fence = redis.call('HINCRBY', META, 'fence', 1)
   local owner = instance .. '/' .. incarnation .. '/' .. int(fence)
-  redis.call('HSET', record_key(id), 'owner', owner, 'fence', int(fence), 'entry', '')
+  redis.call('HSET', record_key(id), 'owner', owner, 'instance', instance, 'fence', int(fence), 'entry', '')
   redis.call('ZADD', LEASES, int(now + lease), id)
   return owner, int(fence)
 end

@@ -1,0 +1,30 @@
+"""What other services import: submit, wait, status, cancel, logs.
+
+    async with AsyncClient("redis://localhost:6379/0") as client:
+        handle = await client.submit(Task(image="busybox", command=["echo", "hi"]))
+        result = await handle.wait(timeout=60)
+
+``Client`` has the same verbs without ``await``.
+"""
+
+from __future__ import annotations
+
+from dispatcher.client.asynchronous import AsyncClient, AsyncHandle
+from dispatcher.client.blocking import Client, Handle
+from dispatcher.errors import DispatcherError
+from dispatcher.model import Backoff, Reason, Resources, State, Task
+from dispatcher.queue.views import TaskStatus
+
+__all__ = [
+    "AsyncClient",
+    "AsyncHandle",
+    "Backoff",
+    "Client",
+    "DispatcherError",
+    "Handle",
+    "Reason",
+    "Resources",
+    "State",
+    "Task",
+    "TaskStatus",
+]
