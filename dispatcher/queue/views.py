@@ -171,9 +171,10 @@ class Views:
                     pipe.zrange(self._keys.of(f"ready:{name}"), 0, 0, withscores=True)
                     pipe.zcount(self._keys.of(f"index:finished:{name}"), now - 60_000, "+inf")
                 rows = await pipe.execute()
-        held = [
-            i.decode() for i in await command(self._redis, "ZRANGE", self._keys.of("index:leases"), 0, -1)
-        ]
+        held = await self._members("index:leases")
+        # Containers that run on without an instance, until one on their daemon adopts them.
+        for daemon in await command(self._redis, "SMEMBERS", self._keys.of("meta:daemons")):
+            held += await self._members(f"inbox:{daemon.decode()}")
         in_flight = [status.queue for status in await self.by_ids(held) if status]
         found = []
         for i, name in enumerate(names):

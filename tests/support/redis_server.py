@@ -26,7 +26,6 @@ class RedisUnderTest:
     """A server that answers on a socket file and on a port of the loopback interface."""
 
     url: str
-    tcp_url: str
     port: int
     program: Path
     pid: int
@@ -63,9 +62,7 @@ def start(directory: Path, *options: str) -> tuple[subprocess.Popen[bytes], Redi
     ]  # fmt: skip
     with (directory / "redis.log").open("ab") as log_file:
         process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT)
-    server = RedisUnderTest(
-        f"unix://{socket_file}", f"redis://127.0.0.1:{port}/0", port, program, process.pid
-    )
+    server = RedisUnderTest(f"unix://{socket_file}", port, program, process.pid)
     deadline = time.monotonic() + START_TIMEOUT
     with server.client() as client:
         while True:

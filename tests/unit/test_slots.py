@@ -10,18 +10,36 @@ from dispatcher.dispatch.slots import Slot, Slots
 LONG = 60.0
 
 
+async def full(capacity: int) -> Slots:
+    """Slots that are all held."""
+    slots = Slots(capacity)
+    slots.settle(await slots.reserve())
+    return slots
+
+
 async def test_all_free_slots_are_reserved_and_the_unused_given_back() -> None:
     slots = Slots(3)
     assert await slots.reserve() == 3
-    assert slots.used == 3
-    slots.release(2)
+    assert slots.used == 0, "what is reserved is not held yet"
+    slots.settle(1)
     assert slots.used == 1
     assert await slots.reserve() == 2
+    slots.settle(0)
+    assert slots.used == 1
+
+
+async def test_a_slot_that_comes_free_during_a_reservation_is_no_part_of_it() -> None:
+    slots = await full(2)
+    slots.release()
+    assert await slots.reserve() == 1
+    slots.release()
+    slots.settle(1)
+    assert slots.used == 1
+    assert await slots.reserve() == 1
 
 
 async def test_who_finds_none_waits_for_one() -> None:
-    slots = Slots(1)
-    await slots.reserve()
+    slots = await full(1)
     reserved = []
 
     async def reader() -> None:
@@ -37,12 +55,11 @@ async def test_who_finds_none_waits_for_one() -> None:
 
 
 async def test_who_returns_is_served_before_the_reader() -> None:
-    slots = Slots(1)
-    await slots.reserve()
+    slots = await full(1)
     order = []
 
     async def reader() -> None:
-        await slots.reserve()
+        slots.settle(await slots.reserve())
         order.append("reader")
 
     async def returning() -> None:
@@ -64,8 +81,7 @@ async def test_who_returns_is_served_before_the_reader() -> None:
 
 
 async def test_who_returns_waits_only_so_long_and_leaves_no_trace() -> None:
-    slots = Slots(1)
-    await slots.reserve()
+    slots = await full(1)
     with anyio.fail_after(5):
         assert not await slots.return_within(0.01)
         slots.release()
@@ -76,8 +92,7 @@ async def test_who_returns_waits_only_so_long_and_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("served_first", [False, True])
 async def test_who_is_cancelled_while_returning_holds_no_slot(served_first: bool) -> None:
-    slots = Slots(1)
-    await slots.reserve()
+    slots = await full(1)
     served = []
 
     async def returning() -> None:
@@ -98,8 +113,7 @@ async def test_who_is_cancelled_while_returning_holds_no_slot(served_first: bool
 
 
 async def test_several_who_return_are_served_in_their_order() -> None:
-    slots = Slots(2)
-    await slots.reserve()
+    slots = await full(2)
     order = []
 
     async def returning(number: int) -> None:
@@ -119,8 +133,7 @@ async def test_several_who_return_are_served_in_their_order() -> None:
 
 
 async def test_a_hold_is_let_go_of_once_and_regained() -> None:
-    slots = Slots(1)
-    await slots.reserve()
+    slots = await full(1)
     slot = Slot(slots)
     slot.release()
     slot.release()
@@ -128,7 +141,7 @@ async def test_a_hold_is_let_go_of_once_and_regained() -> None:
     assert await slot.regain(LONG)
     assert (slot.held, slots.used) == (True, 1)
     slot.release()
-    await slots.reserve()
+    slots.settle(await slots.reserve())
     assert not await slot.regain(0.01)
     slot.release()
     assert (slot.held, slots.used) == (False, 1)
