@@ -98,6 +98,10 @@ class QueueRefused(QueueError):
     """Redis refuses a command of ours: a key holds something else, or a right is missing."""
 
 
+class Evicted(DispatcherError):
+    """This instance must not go on: what it holds is another's."""
+
+
 class LeaseLost(DispatcherError):
     """Another instance owns this task now; nothing more may be written or started for it."""
 

@@ -22,7 +22,7 @@ from dispatcher.dispatch.images import ImageGovernor
 from dispatcher.dispatch.logs import Logs
 from dispatcher.dispatch.pipeline import Pipeline
 from dispatcher.dispatch.slots import Slots
-from dispatcher.errors import BackendUnreachable, QueueError
+from dispatcher.errors import BackendUnreachable, Evicted, QueueError
 from dispatcher.model import Delivery, Health, State
 from dispatcher.policy import Policy
 from dispatcher.queue.leases import LeaseKeeper, Wish
@@ -59,6 +59,7 @@ class Dispatcher:
     def __init__(self, settings: Settings, backend: Backend) -> None:
         self.settings = settings
         self.backend = backend
+        self._incarnation = secrets.token_hex(4)
         self.lifecycle = Lifecycle.STARTING
         self.telemetry = Telemetry()
         self.store = Store(
@@ -87,6 +88,7 @@ class Dispatcher:
         self.recovery = Recovery(
             self.store,
             instance=settings.instance_id,
+            incarnation=self._incarnation,
             lease_seconds=settings.lease_seconds,
             limits=Limits(
                 retention=settings.task_retention,
@@ -96,15 +98,16 @@ class Dispatcher:
             ),
             queues=settings.queues,
             info=self._info,
-            on_promoted=lambda: self.source.ring() if self._started else None,
+            on_promoted=lambda: self.source.ring(),
+            on_evicted=self._evict,
         )
         self.health = Health(ok=False)
-        self._incarnation = secrets.token_hex(4)
         self._born = time.time()
         self._started = False
         self._healthy = anyio.Event()
         self._draining = anyio.Event()
         self._forced = anyio.Event()
+        self._evicted: Evicted | None = None
         self._depths: list[QueueInfo] = []
         self._gauges()
 
@@ -114,7 +117,9 @@ class Dispatcher:
         """Join, take and run tasks until drained.
 
         ``task_status`` is started when the first task can be taken. Raises QueueUnavailable
-        or BackendUnreachable if Redis or the backend is not there at first.
+        or BackendUnreachable if Redis or the backend is not there at first, ConfigurationError
+        if another instance has this one's name, and Evicted when it has drained because it must
+        not go on.
         """
         try:
             await self.store.ping()
@@ -138,10 +143,18 @@ class Dispatcher:
                          backend=self.backend.name, daemon=self.health.daemon)  # fmt: skip
                 await self._consume()
                 parts.cancel_scope.cancel()
+            if self._evicted is not None:
+                raise self._evicted
         finally:
             self.lifecycle = Lifecycle.STOPPED
             with anyio.CancelScope(shield=True), anyio.move_on_after(DETACH_TIMEOUT):
                 await self._close()
+
+    def _evict(self, why: Evicted) -> None:
+        if self._evicted is None:
+            log.error("instance.evicted", instance=self.settings.instance_id, why=str(why))
+            self._evicted = why
+            self.drain()
 
     def drain(self) -> None:
         """Take nothing new; let running tasks end, within DRAIN_TIMEOUT. A second call forces."""

@@ -268,8 +268,8 @@ class Pipeline:
     async def _ended(self, delivery: Delivery, lease: Lease, admitted: Admitted, handle: Handle) -> Outcome:
         """Wait for the container's end, or bring it about when time or patience is over."""
         started = time.time() if handle.started_at is None else handle.started_at
-        await self._note(lease, {"started": str(round(started * 1000))})
         self._logs.running(handle)
+        await self._note(lease, {"started": str(round(started * 1000))})
         timeout, cause = admitted.grant.timeout, delivery.cause
         ended: Exit | None = None
         if not cause:

@@ -8,7 +8,7 @@ from random import uniform
 import anyio
 import structlog
 
-from dispatcher.errors import QueueError
+from dispatcher.errors import ConfigurationError, Evicted, QueueError
 from dispatcher.queue.store import Limits, Store, Tick, new_task_id
 
 log = structlog.get_logger(__name__)
@@ -29,26 +29,44 @@ class Recovery:
         store: Store,
         *,
         instance: str,
+        incarnation: str,
         lease_seconds: float,
         limits: Limits,
         queues: Iterable[str],
         info: Callable[[], str],
         on_promoted: Callable[[], None],
+        on_evicted: Callable[[Evicted], None],
     ) -> None:
-        """``info`` gives what others may know of this instance, as JSON."""
+        """``info`` gives what others may know of this instance, as JSON; ``on_evicted`` is told
+        when this instance must not go on."""
         self._store = store
         self._instance = instance
+        self._incarnation = incarnation
         self._lease_seconds = lease_seconds
         self._limits = limits
         self._queues = tuple(queues)
         self._info = info
         self._on_promoted = on_promoted
+        self._on_evicted = on_evicted
+        self._namespace = ""
         #: Whether the last tick went through.
         self.healthy = False
 
     async def join(self) -> Tick:
-        """The first tick: makes groups and namespace if there are none. Raises QueueUnavailable."""
+        """The first tick: makes groups and namespace if there are none.
+
+        An instance that had this name and was killed is waited for until its lease is over.
+        Raises ConfigurationError if it goes on living, QueueError.
+        """
         tick = await self._tick(self._info())
+        with anyio.move_on_after(self._lease_seconds + TICK_SECONDS):
+            while tick.rival:
+                log.info("instance.waits_for_namesake", instance=self._instance)
+                await anyio.sleep(min(TICK_SECONDS, self._lease_seconds / TICKS_PER_LEASE))
+                tick = await self._tick(self._info())
+        if tick.rival:
+            raise ConfigurationError([f"INSTANCE_ID: another living instance is called {self._instance!r}"])
+        self._namespace = tick.namespace
         self.healthy = True
         return tick
 
@@ -70,6 +88,10 @@ class Recovery:
                 log.warning("tick.failed", error=str(error))
                 continue
             self.healthy = True
+            if tick.rival:
+                self._on_evicted(Evicted(f"another instance took the name {self._instance!r}"))
+            elif tick.namespace != self._namespace:
+                self._on_evicted(Evicted("the queue was emptied and begun anew by others"))
             if tick.taken_over:
                 log.warning("tasks.taken_over", count=tick.taken_over)
             if tick.promoted or tick.taken_over:
@@ -80,9 +102,12 @@ class Recovery:
     async def _tick(self, info: str) -> Tick:
         return await self._store.tick(
             instance=self._instance,
+            incarnation=self._incarnation,
             info=info,
             lease=self._lease_seconds,
-            namespace=new_task_id(),
+            # Ours, once there is one: a queue that was emptied under us goes on with the names
+            # our containers bear, or an attempt could be started again under another.
+            namespace=self._namespace or new_task_id(),
             limits=self._limits,
             queues=self._queues,
         )

@@ -106,6 +106,8 @@ class Tick:
     taken_over: int
     #: When the next scheduled task may start; None if there is none.
     next_due_ms: int | None
+    #: Whether another living instance has the same name; then nothing was done.
+    rival: bool
 
 
 Action = Literal["final", "retry", "release", "detach"]
@@ -296,19 +298,27 @@ class Store:
         return await self._settlements.call(settlement)
 
     async def tick(
-        self, *, instance: str, info: str, lease: float, namespace: str, limits: Limits, queues: Iterable[str]
+        self,
+        *,
+        instance: str,
+        incarnation: str,
+        info: str,
+        lease: float,
+        namespace: str,
+        limits: Limits,
+        queues: Iterable[str],
     ) -> Tick:
-        """Join (or with empty ``info`` leave), promote what is due, take over what lapsed."""
-        args = [instance, info, ms(lease), self.group, namespace, str(TICK_LIMIT), ms(lease * FORGET_LEASES)]
-        args += [
-            ms(limits.retention),
-            str(limits.results_length),
-            str(limits.max_length),
-            str(limits.max_bytes),
-        ]
+        """Join (or with empty ``info`` leave), promote what is due, take over what lapsed.
+
+        ``lease`` in seconds; ``namespace`` is used if there is none.
+        """
+        args = [instance, incarnation, info, ms(lease), self.group, namespace]
+        args += [str(TICK_LIMIT), ms(lease * FORGET_LEASES)]
+        args += [ms(limits.retention), str(limits.results_length), str(limits.max_length), str(limits.max_bytes)]
         args += queues
-        name, now, promoted, taken_over, next_due = await self._call("tick", args)
-        return Tick(name.decode(), now, promoted, taken_over, int(next_due) if next_due else None)
+        name, now, promoted, taken_over, next_due, rival = await self._call("tick", args)
+        due = int(next_due) if next_due else None
+        return Tick(name.decode(), now, promoted, taken_over, due, bool(rival))
 
     # --- scripts ----------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ class QueueUnderTest:
         self,
         instance: str = "a",
         *,
+        incarnation: str = "1",
         info: Mapping[str, Any] | None = None,
         leave: bool = False,
         lease: float = LEASE,
@@ -85,6 +86,7 @@ class QueueUnderTest:
     ) -> Tick:
         return await self.store.tick(
             instance=instance,
+            incarnation=incarnation,
             info="" if leave else json.dumps(info or {"host": instance}),
             lease=lease,
             namespace="0123456789abcdef",

@@ -39,7 +39,7 @@ class Worker:
 
     async def run(self, on_joined: Callable[[], None] = lambda: None) -> None:
         await self.store.tick(
-            instance="w", info="{}", lease=LEASE, namespace="n", limits=LIMITS, queues=WEIGHTS
+            instance="w", incarnation="1", info="{}", lease=LEASE, namespace="n", limits=LIMITS, queues=WEIGHTS
         )
         on_joined()
         try:

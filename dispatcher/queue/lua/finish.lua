@@ -17,7 +17,7 @@ local function come_back(id, delay)
 end
 
 local function settle(id, owner, action, state, reason, message, exit_code, started, finished, dead, delay, budget)
-  local r = fields_of(id, 'owner', 'settled')
+  local r = fields_of(id, 'owner', 'settled', 'cancel')
   if owner == '' then
     return 'lost' -- nobody's token: what lies in no hands would match it
   elseif r[1] ~= owner then

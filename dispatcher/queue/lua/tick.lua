@@ -1,14 +1,16 @@
 -- What any instance does for all, about once a second: joins (group, queues, heartbeat),
 -- promotes what is due, takes over what lapsed, forgets instances that are gone.
--- ARGV: instance, info ('' leaves), lease_ms, group, namespace to use if there is none,
---   limit, forget_ms, retention_ms, results_length, max_length, max_bytes, then the queues this
---   instance serves.
--- Returns {namespace, now, promoted, taken_over, next_due ('' if none)}.
+-- ARGV: instance, incarnation, info ('' leaves), lease_ms, group, namespace to use if there is
+--   none, limit, forget_ms, retention_ms, results_length, max_length, max_bytes, then the queues
+--   this instance serves.
+-- Returns {namespace, now, promoted, taken_over, next_due ('' if none), rival}; with rival 1 a
+--   living instance has the same name, and nothing was done.
 
-local instance, info, lease, group = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local limit, forget = tonumber(ARGV[6]), tonumber(ARGV[7])
-local FIRST_QUEUE = 12
+local instance, incarnation, info, lease, group = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local limit, forget = tonumber(ARGV[7]), tonumber(ARGV[8])
+local FIRST_QUEUE = 13
 local INSTANCES = BASE .. 'meta:instances'
+local INCARNATIONS = BASE .. 'meta:incarnations'
 local SEEN = BASE .. 'meta:seen'
 local now = now_ms()
 
@@ -28,6 +30,7 @@ local function forget_instance(name)
     end
   end
   redis.call('HDEL', INSTANCES, name)
+  redis.call('HDEL', INCARNATIONS, name)
   redis.call('ZREM', SEEN, name)
   redis.call('DEL', BASE .. 'control:' .. name)
 end
@@ -75,18 +78,28 @@ local function take_over()
   return #lapsed
 end
 
+-- Two of one name would read each other's messages and speak for each other's tasks.
+local function rival()
+  local other = redis.call('HGET', INCARNATIONS, instance)
+  local seen = redis.call('ZSCORE', SEEN, instance)
+  return other and other ~= incarnation and seen and tonumber(seen) > now - lease
+end
+
 go_on_without_memory()
-redis.call('HSETNX', META, 'namespace', ARGV[5])
-if info == '' then
+redis.call('HSETNX', META, 'namespace', ARGV[6])
+if rival() then
+  return { redis.call('HGET', META, 'namespace'), now, 0, 0, '', 1 }
+elseif info == '' then
   forget_instance(instance)
 else
   for i = FIRST_QUEUE, #ARGV do
     redis.call('SADD', QUEUES, ARGV[i])
     ensure_group(ARGV[i])
   end
-  redis.call('HSET', META, 'retention', ARGV[8], 'results_length', ARGV[9], 'max_length', ARGV[10],
-    'max_bytes', ARGV[11])
+  redis.call('HSET', META, 'retention', ARGV[9], 'results_length', ARGV[10], 'max_length', ARGV[11],
+    'max_bytes', ARGV[12])
   redis.call('HSET', INSTANCES, instance, info)
+  redis.call('HSET', INCARNATIONS, instance, incarnation)
   redis.call('ZADD', SEEN, int(now), instance)
 end
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', SEEN, '-inf', int(now - forget), 'LIMIT', 0, limit)) do
@@ -95,4 +108,4 @@ end
 local taken_over = continuous() and take_over() or 0
 local promoted = promote()
 local next_due = redis.call('ZRANGE', DUE, 0, 0, 'WITHSCORES')[2] or ''
-return { redis.call('HGET', META, 'namespace'), now, promoted, taken_over, next_due }
+return { redis.call('HGET', META, 'namespace'), now, promoted, taken_over, next_due, 0 }
