@@ -48,37 +48,41 @@ class Policy:
             security_profile=settings.security_profile,
         )
 
-    def grant(self, task: Task) -> Grant:
+    def grant(self, task: Task, *, checked: bool = True) -> Grant:
         """What ``task`` runs with.
 
-        Raises RejectedTask naming the field that asks for more than is allowed, and what is.
+        Raises RejectedTask, if it is to be checked, naming the field that asks for more than is
+        allowed, and what is.
         """
+        if checked:
+            self._check(task)
+        asked = task.resources
+        return Grant(
+            timeout=task.timeout or min(self.default_timeout, self.max_timeout),
+            network=task.network or self.default_network,
+            # A ceiling binds a task that asks for nothing as well.
+            cpus=asked.cpus or self.max_cpus,
+            memory=asked.memory or self.default_memory or self.max_memory,
+            pids=asked.pids,
+        )
+
+    def _check(self, task: Task) -> None:
         if task.timeout is not None and task.timeout > self.max_timeout:
             raise RejectedTask(
                 f"at most {self.max_timeout:g} s are allowed (TASK_MAX_TIMEOUT)", field="timeout"
             )
-        network = task.network or self.default_network
         # The operator's own default needs no entry in the list of what tasks may ask for.
-        if task.network is not None and network not in self.allowed_networks | {self.default_network, "none"}:
-            allowed = ", ".join(sorted(self.allowed_networks | {"none"}))
+        if task.network not in {None, self.default_network, "none", *self.allowed_networks}:
+            allowed = ", ".join(sorted({"none", self.default_network, *self.allowed_networks}))
             raise RejectedTask(
-                f"{network!r} is not allowed; allowed: {allowed} (ALLOWED_NETWORKS)", field="network"
+                f"{task.network!r} is not allowed; allowed: {allowed} (ALLOWED_NETWORKS)", field="network"
             )
         asked = task.resources
         if self.max_cpus is not None and (asked.cpus or 0) > self.max_cpus:
             raise RejectedTask(
                 f"at most {self.max_cpus:g} are allowed (TASK_MAX_CPUS)", field="resources.cpus"
             )
-        memory = asked.memory or self.default_memory
-        if self.max_memory is not None and (memory or 0) > self.max_memory:
+        if self.max_memory is not None and (asked.memory or 0) > self.max_memory:
             raise RejectedTask(
                 f"at most {self.max_memory} bytes are allowed (TASK_MAX_MEMORY)", field="resources.memory"
             )
-        return Grant(
-            timeout=task.timeout or min(self.default_timeout, self.max_timeout),
-            network=network,
-            # A ceiling binds a task that asks for nothing as well.
-            cpus=asked.cpus or self.max_cpus,
-            memory=memory or self.max_memory,
-            pids=asked.pids,
-        )

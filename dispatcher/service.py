@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from enum import StrEnum
 
@@ -25,9 +25,10 @@ from dispatcher.dispatch.slots import Slots
 from dispatcher.errors import BackendUnreachable, Evicted, QueueError
 from dispatcher.model import Delivery, Health, State
 from dispatcher.policy import Policy
+from dispatcher.queue.exchange import Limits
 from dispatcher.queue.leases import LeaseKeeper, Wish
 from dispatcher.queue.recovery import Recovery
-from dispatcher.queue.store import Limits, Store
+from dispatcher.queue.store import Store
 from dispatcher.queue.stream import StreamSource
 from dispatcher.queue.tails import Tails
 from dispatcher.queue.views import QueueInfo, Views
@@ -98,7 +99,7 @@ class Dispatcher:
             ),
             queues=settings.queues,
             info=self._info,
-            on_promoted=lambda: self.source.ring(),
+            on_promoted=self._look_now,
             on_evicted=self._evict,
         )
         self.health = Health(ok=False)
@@ -149,6 +150,9 @@ class Dispatcher:
             self.lifecycle = Lifecycle.STOPPED
             with anyio.CancelScope(shield=True), anyio.move_on_after(DETACH_TIMEOUT):
                 await self._close()
+
+    def _look_now(self) -> None:
+        self.source.ring()
 
     def _evict(self, why: Evicted) -> None:
         if self._evicted is None:
@@ -202,7 +206,7 @@ class Dispatcher:
             telemetry=self.telemetry,
             max_waiting_pulls=settings.max_waiting_pulls,
             infra_max_attempts=settings.infra_max_attempts,
-            on_unreachable=lambda error: self._set_health(Health(ok=False, detail=str(error))),
+            answers=self._backend_answers,
         )
 
     async def _close(self) -> None:
@@ -262,18 +266,25 @@ class Dispatcher:
         for lease in list(held.values()):
             if lease.state in {State.QUEUED, State.PULLING}:
                 lease.request(Wish.DETACH)
-        with anyio.move_on_after(self.settings.drain_timeout) as patience:
-            deliveries.start_soon(self._lose_patience, patience, name="force")
-            await self.keeper.until_empty()
+        with anyio.move_on_after(self.settings.drain_timeout):
+            await self._until_forced_or(self.keeper.until_empty)
         for lease in list(held.values()):
             lease.request(Wish.DETACH)
-        with anyio.move_on_after(DETACH_TIMEOUT):
+        with anyio.move_on_after(DETACH_TIMEOUT) as patience:
             await self.keeper.until_empty()
-        deliveries.cancel_scope.cancel()
+        # Otherwise what is left to do, such as removing a container that has ended, is done.
+        if patience.cancelled_caught:
+            deliveries.cancel_scope.cancel()
 
-    async def _lose_patience(self, patience: anyio.CancelScope) -> None:
-        await self._forced.wait()
-        patience.cancel()
+    async def _until_forced_or(self, done: Callable[[], Awaitable[None]]) -> None:
+        async def force() -> None:
+            await self._forced.wait()
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(force, name="force")
+            await done()
+            group.cancel_scope.cancel()
 
     def _control(self, operation: str, task_id: str, asked: str) -> None:
         """What another program asks of this instance."""
@@ -281,8 +292,11 @@ class Dispatcher:
             self.logs.follow(task_id)
         elif operation == "tail":
             self.logs.tail(task_id, asked)
-        elif operation == "cancel" and (lease := self.keeper.held.get(task_id)):
-            lease.request(Wish.CANCEL)
+        elif operation == "cancel":
+            lease = self.keeper.held.get(task_id)
+            # The message may be older than this holding of the task, or than the task itself.
+            if lease is not None and lease.owner == asked:
+                lease.request(Wish.CANCEL)
 
     # --- looks --------------------------------------------------------------------------
 
@@ -291,7 +305,8 @@ class Dispatcher:
             await anyio.sleep(WATCH_SECONDS)
             await self._look()
 
-    def _set_health(self, health: Health) -> None:
+    async def _backend_answers(self) -> bool:
+        health = await self.backend.probe()
         if self._started and health.ok != self.health.ok:
             log.warning("backend.health_changed", ok=health.ok, detail=health.detail)
         if health.ok:
@@ -300,10 +315,11 @@ class Dispatcher:
             self._healthy = anyio.Event()
         # Which daemon it was is known also while it is away.
         self.health = health if health.ok else replace(health, daemon=self.health.daemon)
+        return health.ok
 
     async def _look(self) -> None:
         """Ask the backend for its health and Redis for the queues' depth."""
-        self._set_health(await self.backend.probe())
+        await self._backend_answers()
         try:
             self._depths = await self.views.queues()
         except QueueError as error:

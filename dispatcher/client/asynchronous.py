@@ -12,8 +12,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from dispatcher.errors import DispatcherError, WaitTimeout
 from dispatcher.model import State, Task
+from dispatcher.queue.exchange import Submission, new_task_id
 from dispatcher.queue.results import Results
-from dispatcher.queue.store import Store, Submission, new_task_id
+from dispatcher.queue.store import Store
 from dispatcher.queue.tails import Tail, Tails
 from dispatcher.queue.views import DeadLetter, InstanceInfo, QueueInfo, TaskStatus, Views
 

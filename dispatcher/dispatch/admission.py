@@ -37,7 +37,8 @@ class Admission:
         Raises InvalidTask, RejectedTask, ExpiredTask, LeaseLost, QueueUnavailable.
         """
         task = parse_delivery(delivery, max_bytes=self._max_bytes)
-        grant = self._policy.grant(task)
+        # What runs already was allowed when it started.
+        grant = self._policy.grant(task, checked=not delivery.daemon)
         if delivery.fields is not None and not await self._place(delivery, lease, task):
             return None
         # A container that may be there already is not kept from its end by the clock.
@@ -54,7 +55,8 @@ class Admission:
             task = task.model_copy(update={"queue": delivery.queue})
             if not asks:
                 return True
-        verdict, task_id = await self._store.place(delivery, task)
+        with lease.settling():
+            verdict, task_id = await self._store.place(delivery, task)
         match verdict:
             case "held":
                 self._keeper.rename(lease, task_id)

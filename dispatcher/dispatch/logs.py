@@ -17,6 +17,8 @@ log = structlog.get_logger(__name__)
 
 #: Seconds that reading a tail may take; past that, what has been read is kept.
 COLLECT_TIMEOUT = 20.0
+#: Seconds that keeping it may take.
+KEEP_TIMEOUT = 1.0
 #: Bytes of one piece of live output at most.
 PIECE_BYTES = 32_768
 
@@ -96,8 +98,10 @@ class Logs:
                 async for data in self._backend.logs(handle, follow=False):
                     buffer.feed(data)
             tail = Tail(buffer.data(), buffer.total, handle.attempt, asked)
-            await self._tails.keep(handle.task_id, tail)
-        except (BackendError, QueueError) as error:
+            # A Redis that does not answer costs the output, not the task's time.
+            with anyio.fail_after(KEEP_TIMEOUT):
+                await self._tails.keep(handle.task_id, tail)
+        except (BackendError, QueueError, TimeoutError) as error:
             log.warning("task.output_not_kept", task_id=handle.task_id, error=str(error))
         except Exception:
             log.exception("task.output_not_kept", task_id=handle.task_id)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import uniform
 
 from dispatcher.errors import BackendError, BackendUnreachable, NoCapacity
 from dispatcher.model import Backoff, Delivery, Exit, Outcome, Reason, State, Task
-from dispatcher.queue.store import Action, Budget
+from dispatcher.queue.exchange import Action, Budget
 
 #: Pauses between attempts that infrastructure failures cost, in seconds.
 INFRA_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=True)
@@ -32,7 +32,9 @@ def of_exit(ended: Exit, cause: str, timeout: float) -> Outcome:
     state, reason, message = State.SUCCEEDED, None, ""
     if cause == CANCEL:
         state, message = State.CANCELLED, "cancelled while it ran"
-    elif cause == TIMEOUT and ended.finished_at - ended.started_at >= timeout:
+    elif cause == TIMEOUT and (ended.exit_code != 0 or ended.finished_at - ended.started_at >= timeout):
+        # One that succeeded just before the signal has succeeded. Of others the times decide
+        # nothing: they are the engine's clock, and the patience was ours.
         state, reason, message = State.FAILED, Reason.TIMEOUT, f"ran for more than {timeout:g} s"
     elif ended.exit_code != 0 and ended.oom:
         state, reason, message = State.FAILED, Reason.OOM, "killed: it used more memory than its limit"
@@ -62,16 +64,24 @@ def judge(outcome: Outcome, task: Task, delivery: Delivery, *, infra_max_attempt
     return Verdict("final", outcome)
 
 
-def judge_error(error: BackendError, task: Task, delivery: Delivery, *, infra_max_attempts: int) -> Verdict:
-    """What follows when the backend could not carry an attempt out."""
+def judge_error(
+    error: BackendError, task: Task, delivery: Delivery, *, infra_max_attempts: int, container: bool
+) -> Verdict:
+    """What follows when the backend could not carry an attempt out.
+
+    ``container`` tells whether there may be one. As long as there may, the attempt is not
+    given another: the same one finds out, on the same daemon.
+    """
     outcome = of_error(error)
     if isinstance(error, NoCapacity):
         return Verdict("release", outcome, uniform(PRESSURE_DELAY / 2, PRESSURE_DELAY))  # noqa: S311 - jitter
     if isinstance(error, BackendUnreachable):
-        # Whether the container was made nobody knows: the same attempt finds out, on the same
-        # daemon. That spends no budget: an engine's restart must not cost a task its life.
+        # That spends no budget: an engine's restart must not cost a task its life.
         return Verdict("detach", outcome, uniform(PRESSURE_DELAY / 2, PRESSURE_DELAY))  # noqa: S311 - jitter
-    return judge(outcome, task, delivery, infra_max_attempts=infra_max_attempts)
+    verdict = judge(outcome, task, delivery, infra_max_attempts=infra_max_attempts)
+    if container and verdict.action == "retry" and outcome.reason is Reason.BACKEND_ERROR:
+        return replace(verdict, action="detach")
+    return verdict
 
 
 def judge_mistake(error: Exception, delivery: Delivery, *, infra_max_attempts: int) -> Verdict:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from random import uniform
 
 import anyio
@@ -86,7 +87,7 @@ class Pipeline:
         telemetry: Telemetry,
         max_waiting_pulls: int,
         infra_max_attempts: int,
-        on_unreachable: Callable[[BackendUnreachable], None],
+        answers: Callable[[], Awaitable[bool]],
     ) -> None:
         self._backend = backend
         self._daemon = daemon
@@ -101,7 +102,7 @@ class Pipeline:
         self._telemetry = telemetry
         self._max_waiting_pulls = max_waiting_pulls
         self._infra_max_attempts = infra_max_attempts
-        self._on_unreachable = on_unreachable
+        self._answers = answers
         self._gate = anyio.Semaphore(START_GATE)
 
     async def run(self, delivery: Delivery) -> None:
@@ -169,9 +170,16 @@ class Pipeline:
             log.warning(
                 "task.backend_error", task_id=lease.task_id, kind=type(error).__name__, error=str(error)
             )
-            verdict = judge_error(error, admitted.task, delivery, infra_max_attempts=self._infra_max_attempts)
-            if isinstance(error, BackendUnreachable):
-                self._on_unreachable(error)
+            if isinstance(error, BackendUnreachable) and await self._answers():
+                # It answers others: what it did not answer to is this task.
+                error = BackendError(str(error))
+            verdict = judge_error(
+                error,
+                admitted.task,
+                delivery,
+                infra_max_attempts=self._infra_max_attempts,
+                container=self._may_have_container(delivery, lease),
+            )
         await self._give_up(delivery, lease, verdict)
         if handle is not None and verdict.action in {"final", "retry"}:
             await self._remove(handle)
@@ -190,6 +198,8 @@ class Pipeline:
             # It was there a moment ago, or for an earlier owner: somebody removed it.
             if not self._backend.capabilities.pulls or admitted.task.pull_policy == "never":
                 raise
+            delivery = replace(delivery, daemon="")  # so there is no container either
+            self._heed(lease, delivery)
             await self._image(lease, delivery, admitted, slot)
             return await self._launch(delivery, lease, admitted)
 
@@ -228,10 +238,10 @@ class Pipeline:
 
     def _heed(self, lease: Lease, delivery: Delivery) -> None:
         """End here if that is wished, as long as there is no container to care for."""
-        if lease.wish is Wish.DETACH:
-            raise GaveUp(Verdict("detach" if delivery.daemon else "release", _NOTHING))
         if lease.wish is Wish.CANCEL and not delivery.daemon:
             raise GaveUp(_CANCELLED)
+        if lease.wish is Wish.DETACH:
+            raise GaveUp(Verdict("detach" if delivery.daemon else "release", _NOTHING))
 
     def _attempt(self, delivery: Delivery, lease: Lease, admitted: Admitted) -> Attempt:
         task, grant = admitted.task, admitted.grant
@@ -267,25 +277,33 @@ class Pipeline:
 
     async def _ended(self, delivery: Delivery, lease: Lease, admitted: Admitted, handle: Handle) -> Outcome:
         """Wait for the container's end, or bring it about when time or patience is over."""
-        started = time.time() if handle.started_at is None else handle.started_at
         self._logs.running(handle)
+        started = time.time() if handle.started_at is None else handle.started_at
+        # One that was just started has run for no time by our own clock, whatever the engine's says.
+        ran = max(0.0, time.time() - started) if handle.adopted else 0.0
+        deadline = anyio.current_time() + admitted.grant.timeout - ran
         await self._note(lease, {"started": str(round(started * 1000))})
-        timeout, cause = admitted.grant.timeout, delivery.cause
-        ended: Exit | None = None
+        cause, ended = delivery.cause, None
         if not cause:
-            with lease.interruptible(), anyio.move_on_after(max(0.0, started + timeout - time.time())):
+            with lease.interruptible(), anyio.move_on_after(deadline - anyio.current_time()):
                 ended = await self._backend.wait(handle)
         if ended is None:
             if not cause and lease.wish is Wish.DETACH:
                 raise GaveUp(Verdict("detach", _NOTHING))
             cause = cause or (CANCEL if lease.wish is Wish.CANCEL else TIMEOUT)
-            # The cause is recorded before the signal: whoever collects the exit must know it.
-            await self._note(lease, {"cause": cause})
-            log.info("task.stopping", task_id=lease.task_id, cause=cause)
-            await self._backend.stop(handle, admitted.task.grace_period)
-            ended = await self._backend.wait(handle)
+            ended = await self._stopped(lease, handle, cause, admitted.task.grace_period)
         self._telemetry.run.record(max(0.0, ended.finished_at - ended.started_at), {"queue": delivery.queue})
-        return of_exit(ended, cause, timeout)
+        return of_exit(ended, cause, admitted.grant.timeout)
+
+    async def _stopped(self, lease: Lease, handle: Handle, cause: str, grace: float) -> Exit:
+        """Bring the container's end about. Whoever adopts it in the middle of that goes on with it."""
+        # The cause is recorded before the signal: whoever collects the exit must know it.
+        await self._note(lease, {"cause": cause})
+        log.info("task.stopping", task_id=lease.task_id, cause=cause)
+        with lease.interruptible(Wish.DETACH):
+            await self._backend.stop(handle, grace)
+            return await self._backend.wait(handle)
+        raise GaveUp(Verdict("detach", _NOTHING))
 
     @staticmethod
     async def _note(lease: Lease, fields: dict[str, str]) -> None:

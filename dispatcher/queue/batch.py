@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -49,7 +50,8 @@ class Batch(Generic[Item, Answer]):
                 self._waiting.remove(waiter)
             raise
         if waiter.error is not None:
-            raise waiter.error
+            # A copy: one object raised in many tasks would gather all their tracebacks.
+            raise copy.copy(waiter.error)
         return waiter.answer
 
     async def _send(self) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from random import uniform
+from typing import Literal
 
 import anyio
 import structlog
 
 from dispatcher.errors import LeaseLost, QueueError, QueueUnavailable
 from dispatcher.model import Delivery, Outcome, State
-from dispatcher.queue.store import Action, Budget, Settlement, Store
+from dispatcher.queue.exchange import Action, Budget, Settlement
+from dispatcher.queue.store import Store
 
 log = structlog.get_logger(__name__)
 
-#: Renewals a lease: three may fail before it lapses.
+#: Renewals a lease; one that fails is repeated after RETRY_PAUSE seconds.
 RENEWALS_PER_LEASE = 4
+RETRY_PAUSE = 1.0
 #: Seconds between tries to record a result while Redis is away: at first, and at the longest.
 FIRST_PAUSE = 0.2
 MAX_PAUSE = 5.0
@@ -45,16 +49,23 @@ class Lease:
         self.state = State.QUEUED
         self.scope = anyio.CancelScope()
         self.lost = False
-        self.wish: Wish | None = Wish.CANCEL if delivery.cancelled else None
-        self._interruptible: anyio.CancelScope | None = None
+        self._wishes = {Wish.CANCEL} if delivery.cancelled else set()
+        self._interruptible: tuple[anyio.CancelScope, tuple[Wish, ...]] | None = None
+        self._settling = False
         self._keeper = keeper
 
+    @property
+    def wish(self) -> Wish | None:
+        """What is wanted most: an end is not taken back by a later wish to let go."""
+        return next((wish for wish in Wish if wish in self._wishes), None)
+
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Cut what is inside short as soon as there is a wish; the caller looks at ``wish``."""
+    def interruptible(self, *by: Wish) -> Iterator[None]:
+        """Cut what is inside short as soon as there is one of these wishes, or any if none is
+        named; the caller looks at ``wish``."""
         with anyio.CancelScope() as scope:
-            self._interruptible = scope
-            if self.wish:
+            self._interruptible = (scope, by or tuple(Wish))
+            if self._wishes.intersection(by or Wish):
                 scope.cancel()
             try:
                 yield
@@ -62,11 +73,20 @@ class Lease:
                 self._interruptible = None
 
     def request(self, wish: Wish) -> None:
-        """Express a wish. A cancellation is not taken back by a later wish to let go."""
-        if self.wish is not Wish.CANCEL:
-            self.wish = wish
-        if self._interruptible:
-            self._interruptible.cancel()
+        """Express a wish."""
+        self._wishes.add(wish)
+        if self._interruptible and wish in self._interruptible[1]:
+            self._interruptible[0].cancel()
+
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """While a write of ours is under way that ends or renames the lease. A renewal that is
+        refused meanwhile may have come after it, so only the write's own answer counts."""
+        self._settling = True
+        try:
+            yield
+        finally:
+            self._settling = False
 
     async def mark(self, state: State, fields: Mapping[str, str] | None = None) -> None:
         """Renew, and record that the task is in ``state`` now.
@@ -91,24 +111,27 @@ class Lease:
         patience. Raises LeaseLost if the task is another's by then.
         """
         settlement = Settlement(self.task_id, self.owner, action, outcome, delay, budget)
-        pause = FIRST_PAUSE
-        answer = None
-        while answer is None:
-            try:
-                answer = await self._keeper.store.finish(settlement)
-                continue
-            except QueueUnavailable as error:
-                log.warning("task.finish_delayed", task_id=self.task_id, error=str(error))
-            await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter, not a secret
-            pause = min(MAX_PAUSE, pause * 2)
+        with self.settling():
+            answer = await self._settle(settlement)
         self._keeper.forget(self)
         if answer == "lost":
             self.lost = True
             raise LeaseLost
 
+    async def _settle(self, settlement: Settlement) -> Literal["ok", "lost"]:
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return await self._keeper.store.finish(settlement)
+            except QueueUnavailable as error:
+                log.warning("task.finish_delayed", task_id=self.task_id, error=str(error))
+            await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter, not a secret
+            pause = min(MAX_PAUSE, pause * 2)
+
     def heard(self, answer: str) -> None:
         """Take in what a renewal was told."""
-        if answer == "lost":
+        if answer == "lost" and not self._settling:
+            log.warning("lease.lost", task_id=self.task_id)
             self.lost = True
             self._keeper.forget(self)
             self.scope.cancel()
@@ -160,21 +183,23 @@ class LeaseKeeper:
 
     async def run(self) -> None:
         """Renew until cancelled."""
+        interval = self.lease_seconds / RENEWALS_PER_LEASE
+        due = time.monotonic() + interval
         while True:
-            await anyio.sleep(self.lease_seconds / RENEWALS_PER_LEASE)
-            leases = dict(self._held)
-            if not leases:
-                continue
+            # What a renewal took is part of the interval, or a slow Redis would cost the lease.
+            await anyio.sleep(max(0.0, due - time.monotonic()))
+            due = time.monotonic() + interval
             try:
-                answers = await self.store.renew_all(
-                    [(task_id, lease.owner) for task_id, lease in leases.items()], self.lease_seconds
-                )
+                await self._renew(dict(self._held))
             except QueueError as error:
-                log.warning("leases.not_renewed", held=len(leases), error=str(error))
-                continue
-            for (task_id, lease), answer in zip(leases.items(), answers, strict=True):
-                # One that was given up or renamed meanwhile was refused rightly, and is no loss.
-                if self._held.get(task_id) is lease:
-                    lease.heard(answer)
-                    if answer == "lost":
-                        log.warning("lease.lost", task_id=task_id)
+                log.warning("leases.not_renewed", held=len(self._held), error=str(error))
+                due = time.monotonic() + uniform(0.5, 1.0) * min(RETRY_PAUSE, interval)  # noqa: S311 - jitter
+
+    async def _renew(self, leases: Mapping[str, Lease]) -> None:
+        answers = await self.store.renew_all(
+            [(task_id, lease.owner) for task_id, lease in leases.items()], self.lease_seconds
+        )
+        for (task_id, lease), answer in zip(leases.items(), answers, strict=True):
+            # One that was given up or renamed meanwhile was refused rightly, and is no loss.
+            if self._held.get(task_id) is lease:
+                lease.heard(answer)

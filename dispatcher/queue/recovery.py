@@ -9,7 +9,8 @@ import anyio
 import structlog
 
 from dispatcher.errors import ConfigurationError, Evicted, QueueError
-from dispatcher.queue.store import Limits, Store, Tick, new_task_id
+from dispatcher.queue.exchange import Limits, Tick, new_task_id
+from dispatcher.queue.store import Store
 
 log = structlog.get_logger(__name__)
 

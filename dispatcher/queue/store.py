@@ -9,8 +9,6 @@ gave out comes back when the lease lapses.
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -27,9 +25,20 @@ from dispatcher.errors import (
     TaskNotFound,
     UnknownQueue,
 )
-from dispatcher.model import DEFAULT_QUEUE, Delivery, Outcome, Task
+from dispatcher.model import DEFAULT_QUEUE, Delivery, Task
 from dispatcher.queue.batch import Batch
 from dispatcher.queue.connection import command, connect, sorted_errors
+from dispatcher.queue.exchange import (
+    Held,
+    Limits,
+    Placed,
+    Renewal,
+    Settlement,
+    Submission,
+    Tick,
+    hashed_key,
+    ms,
+)
 
 #: Tries of one script call and seconds before the second; jittered, doubling. What must not
 #: give up (a result) is repeated by its caller; a command that a person waits for is not.
@@ -69,65 +78,6 @@ class Keys:
         return self.of(f"control:{instance}")
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A task on its way in, with the id it will have unless its key is known."""
-
-    task: Task
-    task_id: str
-    traceparent: str = ""
-    tracestate: str = ""
-
-    @classmethod
-    def of(cls, task: Task, *, traceparent: str = "", tracestate: str = "") -> Submission:
-        """Give ``task`` an id, if it has none."""
-        return cls(task, task.id or new_task_id(), traceparent, tracestate)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The operator's settings that scripts obey; every tick tells them to Redis, so that
-    producers need not know them. Seconds, entries, tasks (0: no limit), bytes."""
-
-    retention: float = 86_400.0
-    results_length: int = 100_000
-    max_length: int = 0
-    max_bytes: int = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """What a tick told."""
-
-    namespace: str
-    #: Redis' clock, milliseconds.
-    now_ms: int
-    promoted: int
-    taken_over: int
-    #: When the next scheduled task may start; None if there is none.
-    next_due_ms: int | None
-    #: Whether another living instance has the same name; then nothing was done.
-    rival: bool
-
-
-Action = Literal["final", "retry", "release", "detach"]
-Budget = Literal["app", "infra", "none"]
-Held = Literal["ok", "cancel", "lost"]
-Placed = Literal["held", "moved", "known", "conflict", "unknown_queue", "lost"]
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """How a delivery is given up; see ``lua/finish.lua``."""
-
-    task_id: str
-    owner: str
-    action: Action
-    outcome: Outcome
-    delay: float = 0.0
-    budget: Budget = "none"
-
-
 def _sources() -> dict[str, str]:
     files = {file.name: file.read_text("utf-8") for file in (resources.files(__package__) / "lua").iterdir()}
     common = files.pop("common.lua")
@@ -136,21 +86,6 @@ def _sources() -> dict[str, str]:
 
 #: The Lua text of each script, what all share included. Read at import: never in an event loop.
 SOURCES = _sources()
-
-
-def new_task_id() -> str:
-    """An id nobody else has: 128 random bits."""
-    return secrets.token_hex(16)
-
-
-def ms(seconds: float | None) -> str:
-    """Seconds as Redis' milliseconds; '' for None."""
-    return "" if seconds is None else str(round(seconds * 1000))
-
-
-def hashed_key(key: str | None) -> str:
-    """An idempotency key as part of a Redis key: bounded and without odd characters."""
-    return hashlib.sha256(key.encode()).hexdigest() if key else ""
 
 
 class Store:
@@ -286,11 +221,12 @@ class Store:
         return await self._renewals.call((task_id, owner, lease, fields or {}))
 
     async def renew_all(self, held: Sequence[tuple[str, str]], lease: float) -> list[Held]:
-        """Renew many leases, given as (task id, owner); answers in their order."""
+        """Renew many leases, given as (task id, owner); answers in their order. Not repeated."""
         answers: list[Held] = []
         for start in range(0, len(held), BATCH_SIZE):
             part = held[start : start + BATCH_SIZE]
-            answers += await self._run_renew([(task_id, owner, lease, {}) for task_id, owner in part])
+            items: list[Renewal] = [(i, owner, lease, {}) for i, owner in part]
+            answers += await self._run_renew(items, tries=1)
         return answers
 
     async def finish(self, settlement: Settlement) -> Literal["ok", "lost"]:
@@ -314,7 +250,12 @@ class Store:
         """
         args = [instance, incarnation, info, ms(lease), self.group, namespace]
         args += [str(TICK_LIMIT), ms(lease * FORGET_LEASES)]
-        args += [ms(limits.retention), str(limits.results_length), str(limits.max_length), str(limits.max_bytes)]
+        args += [
+            ms(limits.retention),
+            str(limits.results_length),
+            str(limits.max_length),
+            str(limits.max_bytes),
+        ]
         args += queues
         name, now, promoted, taken_over, next_due, rival = await self._call("tick", args)
         due = int(next_due) if next_due else None
@@ -339,12 +280,12 @@ class Store:
         replies = await self._call("enqueue", args)
         return [(reply[0].decode(), reply[1].decode(), reply[2] if reply[2:] else 0) for reply in replies]
 
-    async def _run_renew(self, items: Sequence[tuple[str, str, float, Mapping[str, str]]]) -> list[Held]:
+    async def _run_renew(self, items: Sequence[Renewal], *, tries: int = TRIES) -> list[Held]:
         args = [ms(max(lease for _, _, lease, _ in items))]
         for task_id, owner, _, fields in items:
             flat = [part for pair in fields.items() for part in pair]
             args += [task_id, owner, str(len(flat)), *flat]
-        return [cast(Held, answer.decode()) for answer in await self._call("renew", args)]
+        return [cast(Held, answer.decode()) for answer in await self._call("renew", args, tries=tries)]
 
     async def _run_finish(self, settlements: Sequence[Settlement]) -> list[Literal["ok", "lost"]]:
         args: list[str] = []

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dispatcher.queue.connection import command, connect, read_after, sorted_errors
-from dispatcher.queue.store import SOURCES, Keys, ms
+from dispatcher.queue.exchange import ms
+from dispatcher.queue.store import SOURCES, Keys
 
 #: Seconds a follower's interest lasts; it is renewed while it reads.
 INTEREST_SECONDS = 15.0

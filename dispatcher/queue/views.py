@@ -107,6 +107,8 @@ class Views:
         found = (await self.by_ids([task_id]))[0]
         if found is None:
             found = await self._waiting_entry(task_id)
+        if found is None:  # it may have been taken between the two looks
+            found = (await self.by_ids([task_id]))[0]
         if found is None:
             raise TaskNotFound(f"no task {task_id!r}")
         return found

@@ -11,7 +11,8 @@ from redis.crc import key_slot
 
 from dispatcher.errors import QueueUnavailable
 from dispatcher.model import Delivery, Outcome, Reason, State, Task
-from dispatcher.queue.store import Action, Budget, Limits, Settlement, Store, Submission, Tick
+from dispatcher.queue.exchange import Action, Budget, Limits, Settlement, Submission, Tick
+from dispatcher.queue.store import Store
 from tests.support.redis_server import RedisUnderTest
 
 STREAM = "dispatcher:tasks"

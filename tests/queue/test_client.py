@@ -20,7 +20,8 @@ from dispatcher.errors import (
     WaitTimeout,
 )
 from dispatcher.model import Delivery, State, Task
-from dispatcher.queue.store import Settlement, Store
+from dispatcher.queue.exchange import Settlement
+from dispatcher.queue.store import Store
 from dispatcher.queue.tails import Tail, Tails
 from tests.queue.conftest import FAILURE, LEASE, LIMITS, POISONED, STREAM, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support.redis_server import RedisUnderTest
@@ -39,7 +40,13 @@ class Worker:
 
     async def run(self, on_joined: Callable[[], None] = lambda: None) -> None:
         await self.store.tick(
-            instance="w", incarnation="1", info="{}", lease=LEASE, namespace="n", limits=LIMITS, queues=WEIGHTS
+            instance="w",
+            incarnation="1",
+            info="{}",
+            lease=LEASE,
+            namespace="n",
+            limits=LIMITS,
+            queues=WEIGHTS,
         )
         on_joined()
         try:

@@ -9,7 +9,8 @@ import pytest
 
 from dispatcher.errors import InvalidTask, QueueFull, QueueUnavailable, TaskConflict, UnknownQueue
 from dispatcher.model import Task
-from dispatcher.queue.store import Keys, Limits, Submission
+from dispatcher.queue.exchange import Limits, Submission
+from dispatcher.queue.store import Keys
 from tests.queue.conftest import FAILURE, STREAM, QueueUnderTest
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from dispatcher.errors import LeaseLost
 from dispatcher.model import State, Task
+from dispatcher.queue.exchange import Held, Submission
 from dispatcher.queue.leases import Lease, LeaseKeeper, Wish
-from dispatcher.queue.store import Held, Store, Submission
+from dispatcher.queue.store import Store
 from tests.queue.conftest import FAILURE, STREAM, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support import redis_server as servers
 from tests.support.waiting import wait_until

@@ -8,7 +8,7 @@ import pytest
 
 from dispatcher.errors import InvalidTask
 from dispatcher.model import Delivery, Task
-from dispatcher.queue.store import Limits
+from dispatcher.queue.exchange import Limits
 from dispatcher.queue.wire import parse_delivery
 from tests.queue.conftest import POISONED, QueueUnderTest
 

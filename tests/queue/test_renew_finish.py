@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from dispatcher.model import Outcome, Reason, State
-from dispatcher.queue.store import Action, Limits
+from dispatcher.queue.exchange import Action, Limits
 from tests.queue.conftest import FAILURE, LEASE, POISONED, SUCCESS, QueueUnderTest
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

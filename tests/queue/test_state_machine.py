@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 
 from dispatcher.errors import TaskConflict
 from dispatcher.model import Delivery, Task
-from dispatcher.queue.store import Action
+from dispatcher.queue.exchange import Action
 from dispatcher.queue.wire import parse_document
 from tests.queue.conftest import FAILURE, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support.redis_server import RedisUnderTest

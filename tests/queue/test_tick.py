@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.queue.store import FORGET_LEASES, TICK_LIMIT, Limits
+from dispatcher.queue.exchange import Limits
+from dispatcher.queue.store import FORGET_LEASES, TICK_LIMIT
 from tests.queue.conftest import FAILURE, GROUP, LEASE, STREAM, WEIGHTS, QueueUnderTest
 
 META = "meta:counters"

@@ -24,9 +24,8 @@ local function record_of_entry()
       traceparent = fields[i + 1]
     end
   end
-  local accepted = string.match(entry, '^(%d+)-')
-  redis.call('HSET', record_key(id), 'queue', queue, 'state', 'queued', 'accepted', accepted, 'attempt', '1',
-    'source', entry, 'entry', entry, 'doc', document, 'traceparent', traceparent)
+  redis.call('HSET', record_key(id), 'queue', queue, 'state', 'queued', 'accepted', accepted_at(entry),
+    'attempt', '1', 'source', entry, 'entry', entry, 'doc', document, 'traceparent', plausible_trace(traceparent))
   return true
 end
 
@@ -49,7 +48,7 @@ redis.call('HSET', record_key(id), 'cancel', '1')
 if owner ~= '' then
   local instance = string.match(owner, '^(.*)/[^/]*/[^/]*$')
   local control = BASE .. 'control:' .. instance
-  redis.call('XADD', control, 'MAXLEN', '~', 1000, '*', 'op', 'cancel', 'id', id)
+  redis.call('XADD', control, 'MAXLEN', '~', 1000, '*', 'op', 'cancel', 'id', id, 'asked', owner)
   redis.call('PEXPIRE', control, 3600000)
   return { 'requested', state }
 end
@@ -59,7 +58,7 @@ end
 if r[4] ~= '' then
   redis.call('XDEL', stream_of(r[3]), r[4])
 end
-redis.call('ZREM', DUE, id)
+redis.call('ZREM', due_of(r[3]), id)
 redis.call('ZREM', ready_of(r[3]), id)
 close(id, { state = 'cancelled', reason = '', message = 'cancelled before it started', exit_code = '',
   started = '', finished = '' })

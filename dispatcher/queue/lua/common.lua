@@ -6,12 +6,12 @@ local STREAM = KEYS[1]
 local BASE = '{' .. STREAM .. '}:'
 local OPEN = BASE .. 'index:open' -- every task without an end, by time of acceptance
 local LEASES = BASE .. 'index:leases' -- every task in some instance's hands, by end of lease
-local DUE = BASE .. 'index:due' -- every scheduled task, by the time it may start
 local META = BASE .. 'meta:counters'
 local QUEUES = BASE .. 'meta:queues'
 local DAEMONS = BASE .. 'meta:daemons'
 local PAUSED = BASE .. 'meta:paused'
 
+local FAR = 253402300799000 -- the end of year 9999, RFC 3339's last
 local ENDED = { succeeded = true, failed = true, cancelled = true }
 
 local function int(number)
@@ -69,8 +69,30 @@ local function fields_of(id, ...)
   return values
 end
 
+local function due_of(queue) -- its scheduled tasks, by the time they may start
+  return BASE .. 'index:due:' .. queue
+end
+
+local function all_queues()
+  local queues = redis.call('SMEMBERS', QUEUES)
+  if redis.call('SISMEMBER', QUEUES, 'default') == 0 then
+    queues[#queues + 1] = 'default'
+  end
+  return queues
+end
+
 local function registered(queue)
   return queue == 'default' or redis.call('SISMEMBER', QUEUES, queue) == 1
+end
+
+-- When a plain entry came in. Its id is the producer's to choose, and may lie in any future.
+local function accepted_at(entry)
+  return int(math.min(tonumber(string.match(entry, '^(%d+)-')), now_ms()))
+end
+
+-- A traceparent as far as it can be one: what is stored and passed on is bounded.
+local function plausible_trace(traceparent)
+  return #traceparent == 55 and traceparent or ''
 end
 
 -- Puts a task at the end of its queue's stream. The entry only refers to the record.
@@ -80,11 +102,12 @@ local function append(id, queue)
 end
 
 local function schedule(id, due)
-  redis.call('HSET', record_key(id), 'state', 'scheduled', 'due', int(due))
-  redis.call('ZADD', DUE, int(due), id)
+  local at = int(math.min(due, FAR)) -- past 2^53 a score would be another number
+  redis.call('HSET', record_key(id), 'state', 'scheduled', 'due', at)
+  redis.call('ZADD', due_of(fields_of(id, 'queue')[1]), at, id)
 end
 
--- Puts a task that comes back ahead of the streams; one that has a container waits for an
+-- Puts a task that comes back ahead of its queue's stream; one that has a container waits for an
 -- instance on that container's daemon, in the state the container is in.
 local function put_back(id)
   local r = fields_of(id, 'queue', 'accepted', 'daemon', 'state')

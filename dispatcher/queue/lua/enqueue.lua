@@ -35,7 +35,8 @@ local function accept(id, digest, document, queue, delay, not_before, key, trace
   if #document > limit.max_bytes then
     return { 'too_large', id, limit.max_bytes }
   end
-  local waiting = redis.call('XLEN', stream_of(queue)) + redis.call('ZCARD', DUE)
+  local waiting = redis.call('XLEN', stream_of(queue)) + redis.call('ZCARD', ready_of(queue))
+    + redis.call('ZCARD', due_of(queue))
   if limit.max_length > 0 and waiting >= limit.max_length then
     return { 'full', id, limit.max_length }
   end

@@ -24,6 +24,11 @@ local function settle(id, owner, action, state, reason, message, exit_code, star
     return r[2] == owner and 'ok' or 'lost'
   end
   disown(id, owner)
+  if r[3] ~= '' and (action == 'retry' or action == 'release') then
+    -- Somebody wants it cancelled, and nothing of it runs any more.
+    action, state, reason, dead = 'final', 'cancelled', '', '0'
+    message = 'cancelled; its last attempt: ' .. (message ~= '' and message or 'not started')
+  end
   if action == 'final' then
     close(id, { state = state, reason = reason, message = message, exit_code = exit_code,
       started = started, finished = finished, dead = dead == '1' })

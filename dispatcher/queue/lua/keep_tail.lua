@@ -13,6 +13,14 @@ local function drop(other)
   redis.call('HINCRBY', SIZES, '', int(0 - size))
 end
 
+-- A look at a running task's output that comes late must not replace its end.
+local kept = redis.call('HMGET', BASE .. 'tail:' .. id, 'attempt', 'total')
+local attempt, total = tonumber(kept[1] or 0), tonumber(kept[2] or 0)
+if attempt > tonumber(ARGV[4]) or (attempt == tonumber(ARGV[4]) and total > tonumber(ARGV[3])) then
+  redis.call('HSET', BASE .. 'tail:' .. id, 'asked', ARGV[5])
+  return {}
+end
+
 drop(id)
 for _, other in ipairs(redis.call('ZRANGEBYSCORE', TIMES, '-inf', int(now - retention), 'LIMIT', 0, 100)) do
   drop(other)

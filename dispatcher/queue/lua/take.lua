@@ -1,7 +1,8 @@
 -- Gives up to n tasks to one instance: read, acknowledged, deleted, recorded and leased in
 -- this one step, so that a task is always either waiting or in somebody's hands.
 -- ARGV: group, instance, incarnation, lease_ms, n, daemon, then queue, weight, …
--- Order: the daemon's inbox; what came back (`ready`), oldest first; the streams by weight.
+-- Order: the daemon's inbox; then the queues by weight. In a queue's turn what came back
+-- (`ready`) goes first, by time of acceptance, and then its stream.
 -- Returns per task {id, queue, owner, fence, attempt, document, source, oversize, traceparent,
 --   tracestate, accepted, app_failures, infra_failures, cancel, cause, daemon, fields}; `fields`
 --   is the raw entry of a task that nobody has validated yet, else ''.
@@ -9,6 +10,7 @@
 local group, instance, incarnation = ARGV[1], ARGV[2], ARGV[3]
 local lease, wanted, daemon = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local FIRST_QUEUE = 7
+local MAX_TRACESTATE = 512 -- what W3C Trace Context asks everybody to carry
 local MAX_UNPACK = 1000 -- Lua's stack holds less than 8000 values
 local max_bytes = limits().max_bytes
 local now = now_ms()
@@ -31,29 +33,17 @@ local function give(id, fields, oversize)
     r[7], r[8], r[9], r[10], r[11], r[12], fields or '' }
 end
 
--- What came back. A record that ended or vanished meanwhile is skipped.
+-- The first that still wants to be taken; a record that ended or vanished meanwhile is skipped.
 local function take_from(set)
-  local id = redis.call('ZPOPMIN', set)[1]
-  local r = fields_of(id, 'state', 'owner')
-  if r[1] ~= '' and not ENDED[r[1]] and r[2] == '' then
-    give(id)
-  end
-end
-
-local function take_ready(queues)
-  while #taken < wanted do
-    local oldest, from
-    for _, q in ipairs(queues) do
-      local head = redis.call('ZRANGE', ready_of(q.name), 0, 0, 'WITHSCORES')
-      if head[1] and (not oldest or tonumber(head[2]) < oldest) then
-        oldest, from = tonumber(head[2]), ready_of(q.name)
-      end
+  repeat
+    local id = redis.call('ZPOPMIN', set)[1]
+    local r = id and fields_of(id, 'state', 'owner')
+    if r and r[1] ~= '' and not ENDED[r[1]] and r[2] == '' then
+      give(id)
+      return true
     end
-    if not from then
-      return
-    end
-    take_from(from)
-  end
+  until not id
+  return false
 end
 
 -- Smooth weighted round robin (as in nginx): every candidate gains its weight, the richest is
@@ -98,8 +88,8 @@ local function share_out(queues, n)
   end
 end
 
-local function read(q)
-  local command = { 'XREADGROUP', 'GROUP', group, instance, 'COUNT', q.picks, 'STREAMS', stream_of(q.name), '>' }
+local function read(q, count)
+  local command = { 'XREADGROUP', 'GROUP', group, instance, 'COUNT', count, 'STREAMS', stream_of(q.name), '>' }
   local reply = redis.pcall(unpack(command))
   if reply and reply.err then
     if not string.find(reply.err, 'NOGROUP', 1, true) then
@@ -130,7 +120,7 @@ local function adopt_entry(q, entry, fields)
     id = id .. '.' .. int(redis.call('HINCRBY', META, 'fence', 1)) -- somebody chose this id by hand
   end
   local original = document or table.concat(fields, ' ')
-  local accepted = string.match(entry, '^(%d+)-')
+  local accepted = accepted_at(entry)
   local record = { record_key(id), 'queue', q.name, 'state', 'queued', 'accepted', accepted, 'attempt', '1',
     'source', entry }
   local function set(name, value)
@@ -145,8 +135,8 @@ local function adopt_entry(q, entry, fields)
   else
     set('doc', original)
   end
-  set('traceparent', traceparent)
-  set('tracestate', tracestate)
+  set('traceparent', plausible_trace(traceparent))
+  set('tracestate', #tracestate <= MAX_TRACESTATE and tracestate or '')
   redis.call('HSET', unpack(record))
   redis.call('ZADD', OPEN, accepted, id)
   give(id, fields, oversize)
@@ -157,12 +147,11 @@ local function take_entries(q, entries)
   for _, entry in ipairs(entries) do
     local id, fields = entry[1], entry[2] or {}
     ids[#ids + 1] = id
-    if #fields == 2 and fields[1] == 'ref' and redis.call('EXISTS', record_key(fields[2])) == 1 then
-      local r = fields_of(fields[2], 'state', 'entry')
-      if r[1] == 'queued' and r[2] == id then
-        give(fields[2])
-      end
-    else
+    local refers = #fields == 2 and fields[1] == 'ref'
+    local r = refers and fields_of(fields[2], 'state', 'entry', 'source')
+    if r and r[1] == 'queued' and r[2] == id then
+      give(fields[2])
+    elseif not r or r[3] ~= id then -- also a reference that we did not make
       adopt_entry(q, id, fields)
     end
   end
@@ -180,20 +169,21 @@ for i = FIRST_QUEUE, #ARGV, 2 do
   end
 end
 
-while daemon ~= '' and #taken < wanted and redis.call('ZCARD', inbox_of(daemon)) > 0 do
-  take_from(inbox_of(daemon))
+while daemon ~= '' and #taken < wanted and take_from(inbox_of(daemon)) do
 end
-take_ready(queues)
 for _, q in ipairs(queues) do
-  q.left = redis.call('XLEN', stream_of(q.name))
+  q.left = redis.call('ZCARD', ready_of(q.name)) + redis.call('XLEN', stream_of(q.name))
 end
 local short = true
 while short and #taken < wanted do
   short = false
   share_out(queues, wanted - #taken)
   for _, q in ipairs(queues) do
+    while q.picks > 0 and take_from(ready_of(q.name)) do
+      q.picks = q.picks - 1
+    end
     if q.picks > 0 then
-      local entries = read(q)
+      local entries = read(q, q.picks)
       if entries.err then
         return entries
       end

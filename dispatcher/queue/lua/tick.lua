@@ -52,10 +52,10 @@ local function continuous()
   return now >= calm_until or calm_until > now + lease
 end
 
-local function promote()
-  local due = redis.call('ZRANGEBYSCORE', DUE, '-inf', int(now), 'LIMIT', 0, limit)
+local function promote(queue)
+  local due = redis.call('ZRANGEBYSCORE', due_of(queue), '-inf', int(now), 'LIMIT', 0, limit)
   for _, id in ipairs(due) do
-    redis.call('ZREM', DUE, id)
+    redis.call('ZREM', due_of(queue), id)
     if fields_of(id, 'state')[1] == 'scheduled' then
       put_back(id)
     end
@@ -106,6 +106,12 @@ for _, name in ipairs(redis.call('ZRANGEBYSCORE', SEEN, '-inf', int(now - forget
   forget_instance(name)
 end
 local taken_over = continuous() and take_over() or 0
-local promoted = promote()
-local next_due = redis.call('ZRANGE', DUE, 0, 0, 'WITHSCORES')[2] or ''
+local promoted, next_due = 0, ''
+for _, queue in ipairs(all_queues()) do
+  promoted = promoted + promote(queue)
+  local first = tonumber(redis.call('ZRANGE', due_of(queue), 0, 0, 'WITHSCORES')[2])
+  if first and (next_due == '' or first < tonumber(next_due)) then
+    next_due = int(first)
+  end
+end
 return { redis.call('HGET', META, 'namespace'), now, promoted, taken_over, next_due, 0 }

@@ -1,0 +1,88 @@
+"""What goes into the scripts and comes out of them."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from dispatcher.model import Outcome, Task
+
+#: One lease to renew: task id, owner, seconds, and what to record with it.
+Renewal = tuple[str, str, float, Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A task on its way in, with the id it will have unless its key is known."""
+
+    task: Task
+    task_id: str
+    traceparent: str = ""
+    tracestate: str = ""
+
+    @classmethod
+    def of(cls, task: Task, *, traceparent: str = "", tracestate: str = "") -> Submission:
+        """Give ``task`` an id, if it has none."""
+        return cls(task, task.id or new_task_id(), traceparent, tracestate)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The operator's settings that scripts obey; every tick tells them to Redis, so that
+    producers need not know them. Seconds, entries, tasks (0: no limit), bytes."""
+
+    retention: float = 86_400.0
+    results_length: int = 100_000
+    max_length: int = 0
+    max_bytes: int = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What a tick told."""
+
+    namespace: str
+    #: Redis' clock, milliseconds.
+    now_ms: int
+    promoted: int
+    taken_over: int
+    #: When the next scheduled task may start; None if there is none.
+    next_due_ms: int | None
+    #: Whether another living instance has the same name; then nothing was done.
+    rival: bool
+
+
+Action = Literal["final", "retry", "release", "detach"]
+Budget = Literal["app", "infra", "none"]
+Held = Literal["ok", "cancel", "lost"]
+Placed = Literal["held", "moved", "known", "conflict", "unknown_queue", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How a delivery is given up; see ``lua/finish.lua``."""
+
+    task_id: str
+    owner: str
+    action: Action
+    outcome: Outcome
+    delay: float = 0.0
+    budget: Budget = "none"
+
+
+def new_task_id() -> str:
+    """An id nobody else has: 128 random bits."""
+    return secrets.token_hex(16)
+
+
+def ms(seconds: float | None) -> str:
+    """Seconds as Redis' milliseconds; '' for None."""
+    return "" if seconds is None else str(round(seconds * 1000))
+
+
+def hashed_key(key: str | None) -> str:
+    """An idempotency key as part of a Redis key: bounded and without odd characters."""
+    return hashlib.sha256(key.encode()).hexdigest() if key else ""
