@@ -76,7 +76,17 @@ def explanation(error: BaseException) -> str:
     """What the engine wrote, or what the library did."""
     if isinstance(error, APIError) and error.explanation:
         return one_line(str(error.explanation))
-    return one_line(str(error)) or type(error).__name__
+    return _told_by_the_system(error) or one_line(str(error)) or type(error).__name__
+
+
+def _told_by_the_system(error: BaseException) -> str:
+    """What the system said at the bottom of the libraries' wrappings, such as "Connection refused"."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def sort_error(error: BaseException) -> BackendError:

@@ -65,6 +65,12 @@ class QueueUnderTest:
         found = self.redis.zrange(self.key(name), 0, -1, withscores=True)
         return {member.decode(): score for member, score in found}
 
+    def due(self, queue: str = "*") -> dict[str, float]:
+        """What is scheduled, in all queues or in one, with its times."""
+        prefix = self.key("")
+        keys = [key.decode().removeprefix(prefix) for key in self.redis.keys(self.key(f"index:due:{queue}"))]
+        return {task_id: due for key in keys for task_id, due in self.members(key).items()}
+
     def length(self, queue: str = "default") -> int:
         return int(self.ask("XLEN", self.stream(queue)))
 
@@ -82,6 +88,7 @@ class QueueUnderTest:
         info: Mapping[str, Any] | None = None,
         leave: bool = False,
         lease: float = LEASE,
+        namespace: str = "0123456789abcdef",
         limits: Limits = LIMITS,
         queues: Iterable[str] = tuple(WEIGHTS),
     ) -> Tick:
@@ -90,7 +97,7 @@ class QueueUnderTest:
             incarnation=incarnation,
             info="" if leave else json.dumps(info or {"host": instance}),
             lease=lease,
-            namespace="0123456789abcdef",
+            namespace=namespace,
             limits=limits,
             queues=queues,
         )
@@ -152,8 +159,9 @@ class QueueUnderTest:
 
     def fall_due(self) -> None:
         """All that is scheduled is due now."""
-        for task_id in self.members("index:due"):
-            self.ask("ZADD", self.key("index:due"), "XX", 1, task_id)
+        for key in self.redis.keys(self.key("index:due:*")):
+            for task_id in self.redis.zrange(key, 0, -1):
+                self.ask("ZADD", key, "XX", 1, task_id)
 
     def forget_gaps(self) -> None:
         """No gap between ticks has been seen."""
@@ -181,7 +189,7 @@ class QueueUnderTest:
             ]
             for delivery in taken:
                 assert await self.finish(delivery) == "ok"
-            if not taken and not self.members("index:leases") and not self.members("index:due"):
+            if not taken and not self.members("index:leases") and not self.due():
                 return
         raise AssertionError("tasks do not come to an end")
 

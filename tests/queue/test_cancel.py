@@ -42,7 +42,7 @@ async def test_a_plain_entry_that_nobody_has_taken(queue: QueueUnderTest) -> Non
 
 async def test_a_scheduled_task(queue: QueueUnderTest) -> None:
     await cancelled_at_once(queue, await queue.submit(delay=60.0))
-    assert queue.members("index:due") == {}
+    assert queue.due() == {}
 
 
 async def test_a_task_between_two_attempts(queue: QueueUnderTest) -> None:
@@ -63,7 +63,7 @@ async def test_a_task_in_somebodys_hands_is_asked_of_them(queue: QueueUnderTest)
     await queue.renew(delivery, state="running")
     assert await queue.store.cancel(task_id) == ("requested", "running")
     ((_, message),) = queue.redis.xrange(queue.key("control:host-1.x"))
-    assert message == {b"op": b"cancel", b"id": task_id.encode()}
+    assert message == {b"op": b"cancel", b"id": task_id.encode(), b"asked": delivery.owner.encode()}
     assert queue.lifetime_ms("control:host-1.x") > 0
     assert await queue.renew(delivery) == "cancel"
     assert queue.entries("results") == []

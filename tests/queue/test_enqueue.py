@@ -137,7 +137,7 @@ async def test_a_delayed_task_is_scheduled(queue: QueueUnderTest) -> None:
     record = queue.record(task_id)
     assert record["state"] == "scheduled"
     assert int(record["due"]) == int(record["accepted"]) + 1500
-    assert queue.members("index:due") == {task_id: float(record["due"])}
+    assert queue.due() == {task_id: float(record["due"])}
     assert queue.length() == 0
 
 

@@ -95,7 +95,7 @@ async def test_a_queue_that_nobody_serves_changes_nothing(queue: QueueUnderTest)
 async def test_a_delay_counts_from_the_entry(queue: QueueUnderTest) -> None:
     delivery = await plain(queue)
     assert await placed(queue, delivery, id="mine", delay=60.0) == ("moved", "mine")
-    assert queue.members("index:due") == {"mine": delivery.accepted_ms + 60_000}
+    assert queue.due() == {"mine": delivery.accepted_ms + 60_000}
     assert queue.record("mine")["state"] == "scheduled"
     assert queue.members("index:leases") == {}
 

@@ -236,7 +236,7 @@ async def test_a_release_is_the_same_attempt_anywhere(queue: QueueUnderTest) -> 
 async def test_a_release_may_come_back_later(queue: QueueUnderTest) -> None:
     await queue.submit()
     await queue.finish(await queue.take_one(), "release", delay=2)
-    assert len(queue.members("index:due")) == 1
+    assert len(queue.due()) == 1
     assert await queue.take() == []
 
 
@@ -272,7 +272,7 @@ async def test_a_call_whose_reply_was_lost_is_recognised(queue: QueueUnderTest, 
     assert await queue.finish(delivery, action, FAILURE, delay=60, budget="app") == "ok"
     assert queue.record(delivery.task_id) == record
     assert queue.entries("results") == results
-    assert len(queue.members("index:due")) == (action != "final")
+    assert len(queue.due()) == (action != "final")
 
 
 async def test_nothing_follows_an_end(queue: QueueUnderTest) -> None:

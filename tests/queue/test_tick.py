@@ -52,11 +52,11 @@ async def test_it_tells_redis_time_and_when_the_next_task_is_due(queue: QueueUnd
 async def test_what_is_due_is_promoted_and_the_rest_waits(queue: QueueUnderTest) -> None:
     await queue.submit(id="due", delay=60.0, queue="high")
     await queue.submit(id="later", delay=90.0)
-    queue.ask("ZADD", queue.key("index:due"), 1, "due")
+    queue.ask("ZADD", queue.key("index:due:high"), "XX", 1, "due")
     tick = await queue.tick()
     assert tick.promoted == 1
     assert queue.record("due")["state"] == "queued"
-    assert queue.members("index:due").keys() == {"later"}
+    assert queue.due().keys() == {"later"}
     assert [d.task_id for d in await queue.take()] == ["due"]
 
 
