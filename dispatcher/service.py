@@ -248,7 +248,10 @@ class Dispatcher:
                 with anyio.CancelScope(shield=True):
                     taken = await self.source.take(reserved)
                     for delivery in taken:
-                        deliveries.start_soon(self._pipeline.run, delivery, name=f"task {delivery.task_id}")
+                        # Held from here on: a drain that begins now must see it.
+                        lease = self.keeper.hold(delivery)
+                        name = f"task {delivery.task_id}"
+                        deliveries.start_soon(self._pipeline.run, delivery, lease, name=name)
             except QueueError as error:
                 log.warning("tasks.not_taken", error=str(error))
                 pause = TAKE_PAUSE

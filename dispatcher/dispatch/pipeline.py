@@ -105,13 +105,12 @@ class Pipeline:
         self._answers = answers
         self._gate = anyio.Semaphore(START_GATE)
 
-    async def run(self, delivery: Delivery) -> None:
-        """Bring one delivery to its end. The caller has reserved a slot for it.
+    async def run(self, delivery: Delivery, lease: Lease) -> None:
+        """Bring one delivery to its end. The caller has reserved a slot for it and holds its lease.
 
         Raises nothing but cancellation: what goes wrong becomes the task's verdict.
         """
         slot = Slot(self._slots)
-        lease = self._keeper.hold(delivery)
         if delivery.attempt == 1:
             waited = max(0.0, time.time() - delivery.accepted_ms / 1000)
             self._telemetry.queue_wait.record(waited, {"queue": delivery.queue})

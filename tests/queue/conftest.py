@@ -105,11 +105,11 @@ class QueueUnderTest:
     async def submit(self, **fields: Any) -> str:
         return await self.store.enqueue(Submission.of(Task(**({"image": "busybox"} | fields))))
 
-    def xadd(self, fields: Mapping[Any, Any] | str, queue: str = "default") -> str:
+    def xadd(self, fields: Mapping[Any, Any] | str, queue: str = "default", entry: str = "*") -> str:
         """Add a plain entry; returns the id its task will have."""
         fields = {"task": fields} if isinstance(fields, str) else fields
-        entry = self.redis.xadd(self.stream(queue), dict(fields))
-        return f"{queue}.{entry.decode()}"
+        made = self.redis.xadd(self.stream(queue), dict(fields), id=entry)
+        return f"{queue}.{made.decode()}"
 
     async def take(
         self,

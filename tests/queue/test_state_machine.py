@@ -24,10 +24,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dispatcher.errors import TaskConflict
+from dispatcher.errors import InvalidTask, QueueFull, TaskConflict, TaskNotFound
 from dispatcher.model import Delivery, Task
-from dispatcher.queue.exchange import Action
-from dispatcher.queue.wire import parse_document
+from dispatcher.queue.exchange import Action, Limits
+from dispatcher.queue.wire import parse_delivery
 from tests.queue.conftest import FAILURE, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support.redis_server import RedisUnderTest
 
@@ -53,8 +53,17 @@ tasks = st.builds(
 
 #: Which of what there is: the choice itself must not depend on what Redis' clock brought about.
 picks = st.integers(0, 127)
-#: By a client, or by a plain XADD to one of the streams.
-arrivals = st.tuples(st.sampled_from(["", "", *WEIGHTS]), tasks)
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+#: By a client, or by a plain XADD to one of the streams, with a trace and an id of now or of a
+#: year that no clock will ever show.
+arrivals = st.tuples(
+    st.sampled_from(["", "", *WEIGHTS]),
+    tasks,
+    st.sampled_from(["", TRACE, TRACE[1:], f"{TRACE}0"]),
+    st.sampled_from([False, False, True]),
+)
+Arrival = tuple[str, dict[str, Any], str, bool]
+FAR_FUTURE = 99_999_999_999_999_999
 
 
 @dataclass
@@ -70,6 +79,9 @@ class Expected:
     cancelled: bool = False
     delivery: Delivery | None = None
     entry: str = ""
+    traceparent: str = ""
+    #: Whether it is an entry that says of itself that it refers to a task, and does not.
+    forged: bool = False
 
 
 @dataclass
@@ -80,6 +92,7 @@ class Model:
     keys: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     paused: set[str] = field(default_factory=set)
+    max_length: int = 0
     fence: int = 0
 
     def standing(self, task: Task, task_id: str | None, held: str = "") -> tuple[str, str] | None:
@@ -92,6 +105,11 @@ class Model:
 
     def at(self, place: str) -> list[str]:
         return [task_id for task_id, task in self.tasks.items() if task.place == place]
+
+    def full(self, queue: str) -> bool:
+        """Whether as many wait in ``queue`` as may."""
+        waiting = sum(len(self.at(f"{kind}:{queue}")) for kind in ("stream", "ready", "due"))
+        return 0 < self.max_length <= waiting
 
     @property
     def held(self) -> list[Expected]:
@@ -112,6 +130,7 @@ class Scripts(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.model = Model()
         self.stale: list[Delivery] = []
+        self.future = FAR_FUTURE
         self.queue = QueueUnderTest(self.server)
         self.queue.redis.flushall()
         self.run(self.queue.tick())
@@ -132,19 +151,19 @@ class Scripts(RuleBasedStateMachine):
     # --- producers ------------------------------------------------------------------------
 
     @initialize(arriving=st.lists(arrivals, min_size=2, max_size=6))
-    def begin_with_work(self, arriving: list[tuple[str, dict[str, Any]]]) -> None:
+    def begin_with_work(self, arriving: list[Arrival]) -> None:
         for arrival in arriving:
             self._arrive(arrival)
         self._take(4, "a", DAEMONS[0], OFFERS[0])
 
     @rule(arrival=arrivals)
-    def arrive(self, arrival: tuple[str, dict[str, Any]]) -> None:
+    def arrive(self, arrival: Arrival) -> None:
         self._arrive(arrival)
 
-    def _arrive(self, arrival: tuple[str, dict[str, Any]]) -> None:
-        stream, fields = arrival
+    def _arrive(self, arrival: Arrival) -> None:
+        stream, fields, traceparent, future = arrival
         if stream:
-            self._xadd(fields, stream)
+            self._xadd({"task": json.dumps(fields), "traceparent": traceparent}, stream, future=future)
         else:
             self._submit(fields)
 
@@ -157,18 +176,38 @@ class Scripts(RuleBasedStateMachine):
             assert standing is not None
             assert standing[0] == "conflict"
             return
+        except QueueFull:
+            assert standing is None
+            assert self.model.full(task.queue)
+            return
         if standing is not None:
             assert standing == ("known", task_id)
             return
+        assert not self.model.full(task.queue)
         assert task.id in {None, task_id}
-        place = "due" if task.delay else f"stream:{task.queue}"
+        place = f"due:{task.queue}" if task.delay else f"stream:{task.queue}"
         self.model.tasks[task_id] = Expected(place, task.queue, task.digest())
         if task.idempotency_key:
             self.model.keys[task.idempotency_key] = task_id
 
-    def _xadd(self, fields: dict[str, Any], stream: str) -> None:
-        task_id = self.queue.xadd(json.dumps(fields), stream)
-        self.model.tasks[task_id] = Expected(f"stream:{stream}", stream, entry=task_id.split(".")[1])
+    def _xadd(self, fields: dict[str, str], stream: str, *, future: bool = False) -> None:
+        self.future += future
+        entry = f"{self.future}-1" if future else "*"
+        task_id = self.queue.xadd(fields, stream, entry)
+        traceparent = fields.get("traceparent", "")
+        self.model.tasks[task_id] = Expected(
+            f"stream:{stream}",
+            stream,
+            entry=task_id.split(".")[1],
+            traceparent=traceparent if len(traceparent) == len(TRACE) else "",
+            forged="ref" in fields,
+        )
+
+    @rule(pick=picks, stream=st.sampled_from(list(WEIGHTS)))
+    def refer(self, pick: int, stream: str) -> None:
+        """Somebody else's entry looks like one of ours, whatever became of the task it names."""
+        names = [*self.model.tasks, *self.model.aliases, "nobody"]
+        self._xadd({"ref": names[pick % len(names)]}, stream)
 
     # --- instances --------------------------------------------------------------------------
 
@@ -184,26 +223,28 @@ class Scripts(RuleBasedStateMachine):
     def _take(self, n: int, instance: str, daemon: str, weights: dict[str, int]) -> None:
         model = self.model
         served = [name for name in weights if name not in model.paused]
-        inbox = model.at(f"inbox:{daemon}")
-        ready = [task_id for name in served for task_id in model.at(f"ready:{name}")]
-        streams = {name: model.at(f"stream:{name}") for name in served}
-        waiting = [task_id for ids in streams.values() for task_id in ids]
+        inbox = self._by_acceptance(f"inbox:{daemon}")
+        # In its own queue what came back goes first.
+        waiting = {
+            name: self._by_acceptance(f"ready:{name}") + model.at(f"stream:{name}") for name in served
+        }
+        there = len(inbox) + sum(map(len, waiting.values()))
         taken = self.run(self.queue.take(n, instance, queues=weights, daemon=daemon))
-        assert len(taken) == min(n, len(inbox) + len(ready) + len(waiting))
-        for number, delivery in enumerate(taken):
-            source = inbox if number < len(inbox) else ready if number < len(inbox) + len(ready) else waiting
-            assert delivery.task_id in source
-            source_queue = model.tasks[delivery.task_id].place.partition(":")[2]
-            if source is waiting:
-                first = streams[source_queue].pop(0)
-                assert delivery.task_id == first, "a stream is taken from its beginning"
-        if any(weights[name] for name in served if streams[name]):
-            idle = {d.queue for d in taken[len(inbox) + len(ready) :] if not weights[d.queue]}
+        assert len(taken) == min(n, there)
+        assert [d.task_id for d in taken[: len(inbox)]] == inbox[:n]
+        for delivery in taken[len(inbox) :]:
+            first = waiting[model.tasks[delivery.task_id].place.partition(":")[2]].pop(0)
+            assert delivery.task_id == first, "a queue is taken from its beginning"
+        if any(weights[name] for name in served if waiting[name]):
+            idle = {d.queue for d in taken[len(inbox) :] if not weights[d.queue]}
             assert not idle, "a queue of weight 0 came before another"
+        now = self.queue.now_ms()
         for delivery in taken:
             assert delivery.fence > model.fence
             model.fence = delivery.fence
             task = model.tasks[delivery.task_id]
+            assert delivery.accepted_ms <= now, "it was accepted in the future"
+            assert delivery.traceparent == task.traceparent
             assert (delivery.attempt, delivery.daemon) == (task.attempt, task.daemon)
             assert delivery.cancelled == task.cancelled
             task.place, task.delivery = "lease", delivery
@@ -211,8 +252,18 @@ class Scripts(RuleBasedStateMachine):
             if delivery.fields is not None:
                 self._place(delivery)
 
+    def _by_acceptance(self, place: str) -> list[str]:
+        def accepted(task_id: str) -> tuple[int, str]:
+            return int(self.queue.record(task_id)["accepted"]), task_id
+
+        return sorted(self.model.at(place), key=accepted)
+
     def _place(self, delivery: Delivery) -> None:
-        task = parse_document(dict(delivery.fields or ())[b"task"])
+        if self.model.tasks[delivery.task_id].forged:
+            with pytest.raises(InvalidTask):
+                parse_delivery(delivery, max_bytes=65_536)
+            return
+        task = parse_delivery(delivery, max_bytes=65_536)
         if "queue" not in task.model_fields_set:
             task = task.model_copy(update={"queue": delivery.queue})
         if not (task.id or task.idempotency_key or task.delay or task.queue != delivery.queue):
@@ -235,7 +286,7 @@ class Scripts(RuleBasedStateMachine):
             model.keys[task.idempotency_key] = task_id
         if task.delay or task.queue != delivery.queue:
             assert verdict == "moved"
-            placed.place = "due" if task.delay else f"stream:{task.queue}"
+            placed.place = f"due:{task.queue}" if task.delay else f"stream:{task.queue}"
             placed.delivery = None
             self.stale.append(delivery)
         else:
@@ -273,14 +324,16 @@ class Scripts(RuleBasedStateMachine):
         for _ in range(1 + repeated):
             assert self.run(self.queue.finish(delivery, action, outcome, delay=delay)) == "ok"
         self.stale.append(delivery)
-        if action == "final":
+        if action == "final" or (task.cancelled and action in {"retry", "release"}):
             task.place, task.delivery = "ended", None
+            state = "succeeded" if action == "final" else "cancelled"
+            assert self.queue.record(delivery.task_id)["state"] == state
             return
         task.attempt += action == "retry"
         if action != "detach":
             task.daemon = ""
         if delay:
-            task.place, task.delivery = "due", None
+            task.place, task.delivery = f"due:{task.queue}", None
         else:
             self.model.put_back(task)
 
@@ -301,11 +354,11 @@ class Scripts(RuleBasedStateMachine):
     def tick(self, pick: int, lapse: bool, fall_due: bool) -> None:
         lapsed = [t for i, t in enumerate(self.model.held) if lapse and pick >> i % 7 & 1]
         self.queue.lapse(*[t.delivery for t in lapsed if t.delivery])
-        due = [self.model.tasks[task_id] for task_id in self.model.at("due") if fall_due]
+        due = [task for task in self.model.tasks.values() if fall_due and task.place.startswith("due:")]
         if fall_due:
             self.queue.fall_due()
         self.queue.forget_gaps()
-        tick = self.run(self.queue.tick())
+        tick = self.run(self.queue.tick(limits=Limits(max_length=self.model.max_length)))
         assert (tick.taken_over, tick.promoted) == (len(lapsed), len(due))
         self.stale += [t.delivery for t in lapsed if t.delivery]
         for task in [*lapsed, *due]:
@@ -318,6 +371,10 @@ class Scripts(RuleBasedStateMachine):
             return
         name = names[pick % len(names)]
         task = self.model.tasks[self.model.aliases.get(name, name)]
+        if task.forged and task.place.startswith("stream:"):
+            with pytest.raises(TaskNotFound):
+                self.run(self.queue.store.cancel(name))
+            return
         verdict, _ = self.run(self.queue.store.cancel(name))
         if task.place == "ended":
             assert verdict == "ended"
@@ -333,6 +390,11 @@ class Scripts(RuleBasedStateMachine):
         self.run(self.queue.store.pause(name, paused=paused))
         (self.model.paused.add if paused else self.model.paused.discard)(name)
 
+    @rule(max_length=st.sampled_from([0, 3]))
+    def limit(self, max_length: int) -> None:
+        self.model.max_length = max_length
+        self.tick(0, lapse=False, fall_due=False)
+
     # --- what always holds --------------------------------------------------------------------
 
     @invariant()
@@ -341,12 +403,14 @@ class Scripts(RuleBasedStateMachine):
         found: list[tuple[str, str]] = []
         for name in WEIGHTS:
             for entry, fields in queue.redis.xrange(queue.stream(name)):
-                task_id = fields[b"ref"].decode() if b"ref" in fields else f"{name}.{entry.decode()}"
+                task_id = fields.get(b"ref", b"").decode()
+                if not task_id or queue.record(task_id).get("source") != entry.decode():
+                    task_id = f"{name}.{entry.decode()}"
                 found.append((task_id, f"stream:{name}"))
             found += [(task_id, f"ready:{name}") for task_id in queue.members(f"ready:{name}")]
+            found += [(task_id, f"due:{name}") for task_id in queue.due(name)]
         for daemon in DAEMONS:
             found += [(task_id, f"inbox:{daemon}") for task_id in queue.members(f"inbox:{daemon}")]
-        found += [(task_id, "due") for task_id in queue.members("index:due")]
         found += [(task_id, "lease") for task_id in queue.members("index:leases")]
         found += [(entry["id"].decode(), "ended") for entry in queue.entries("results")]
         assert Counter(found) == Counter((i, t.place) for i, t in self.model.tasks.items())
