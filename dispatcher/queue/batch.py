@@ -51,7 +51,7 @@ class Batch(Generic[Item, Answer]):
             raise
         if waiter.error is not None:
             # A copy: one object raised in many tasks would gather all their tracebacks.
-            raise copy.copy(waiter.error)
+            raise copy.copy(waiter.error) from waiter.error
         return waiter.answer
 
     async def _send(self) -> None:

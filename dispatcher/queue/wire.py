@@ -49,7 +49,7 @@ def _document_of(fields: tuple[tuple[bytes, bytes], ...]) -> bytes:
     for name in names:
         text = name.decode("utf-8", "backslashreplace")
         if name == b"ref":
-            raise InvalidTask("the entry refers to a task whose record is gone")
+            raise InvalidTask("the entry refers to a task whose record is gone, or that does not wait in it")
         if text not in ENTRY_FIELDS:
             raise InvalidTask(f"entry field {_short(text)!r} is unknown; allowed: {', '.join(ENTRY_FIELDS)}")
         if names.count(name) > 1:

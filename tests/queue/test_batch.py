@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 
 import anyio
 import pytest
 
+from dispatcher.errors import QueueUnavailable
 from dispatcher.queue.batch import Batch
 
 
@@ -77,6 +79,35 @@ async def test_an_error_reaches_each_caller_of_its_batch_and_no_other() -> None:
     assert sorted(failed) == [-1, 5]
     await work.call(7)
     assert work.answers == {0: 0, 7: 14}
+
+
+async def test_each_caller_is_raised_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work()
+    failed: list[QueueUnavailable] = []
+    cause = ConnectionResetError("peer")
+
+    async def run(items: Sequence[int]) -> Sequence[int]:
+        await work.gate.wait()
+        raise QueueUnavailable(f"{len(items)} items") from cause
+
+    async def fails(item: int) -> None:
+        with pytest.raises(QueueUnavailable) as refusal:
+            await work.batch.call(item)
+        failed.append(refusal.value)
+
+    monkeypatch.setattr(work.batch, "_run", run)
+    async with anyio.create_task_group() as group:
+        for number in range(4):
+            group.start_soon(fails, number)
+            await anyio.wait_all_tasks_blocked()
+        work.gate.set()
+    assert len({id(error) for error in failed}) == 4
+    assert [str(error) for error in failed] == ["1 items", *["3 items"] * 3]
+    for error in failed:
+        assert error.__cause__ is not None, "what it came from is told as well"
+        assert error.__cause__.__cause__ is cause
+        frames = traceback.extract_tb(error.__traceback__)
+        assert len([frame for frame in frames if frame.name == "fails"]) == 1
 
 
 async def test_a_caller_cancelled_in_time_takes_its_item_back() -> None:

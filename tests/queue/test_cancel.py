@@ -69,6 +69,19 @@ async def test_a_task_in_somebodys_hands_is_asked_of_them(queue: QueueUnderTest)
     assert queue.entries("results") == []
 
 
+async def test_what_an_owner_is_told_is_not_meant_for_the_next(queue: QueueUnderTest) -> None:
+    task_id = await queue.submit()
+    first = await queue.take_one("b")
+    await queue.store.cancel(task_id)
+    queue.lapse(first)
+    await queue.tick()
+    second = await queue.take_one("b")
+    await queue.store.cancel(task_id)
+    told = [message["asked"].decode() for message in queue.entries("control:b")]
+    assert told == [first.owner, second.owner]
+    assert first.owner != second.owner
+
+
 async def test_a_cancellation_outlives_its_owner(queue: QueueUnderTest) -> None:
     await queue.submit()
     delivery = await queue.take_one()

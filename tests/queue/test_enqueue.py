@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import anyio
 import pytest
@@ -108,6 +108,34 @@ async def test_scheduled_tasks_count_as_waiting(queue: QueueUnderTest) -> None:
         await queue.submit()
 
 
+async def test_tasks_that_came_back_count_as_waiting(queue: QueueUnderTest) -> None:
+    await queue.tick(limits=Limits(max_length=1))
+    await queue.submit()
+    await queue.finish(await queue.take_one(), "release")
+    with pytest.raises(QueueFull):
+        await queue.submit()
+    await queue.take_one()
+    assert await queue.submit(), "what is in somebody's hands does not wait"
+
+
+@pytest.mark.parametrize("delay", [None, 60.0])
+async def test_what_waits_in_one_queue_closes_no_other(queue: QueueUnderTest, delay: float | None) -> None:
+    await queue.tick(limits=Limits(max_length=1))
+    await queue.submit(queue="low", delay=delay)
+    with pytest.raises(QueueFull, match="low"):
+        await queue.submit(queue="low")
+    assert await queue.submit(queue="high")
+
+
+async def test_nothing_is_due_after_the_end_of_year_9999(queue: QueueUnderTest) -> None:
+    last = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+    await queue.submit(id="last", not_before=last)
+    beyond = last.replace(tzinfo=timezone(timedelta(hours=-14)))
+    await queue.submit(id="beyond", not_before=beyond)
+    assert queue.record("last")["due"] == queue.record("beyond")["due"] == str(round(last.timestamp()) * 1000)
+    assert (await queue.tick()).next_due_ms == round(last.timestamp()) * 1000
+
+
 async def test_a_document_that_is_too_large_is_refused(queue: QueueUnderTest) -> None:
     await queue.tick(limits=Limits(max_bytes=300))
     await queue.submit(id="fits", command=["x" * 250])
@@ -137,7 +165,7 @@ async def test_a_delayed_task_is_scheduled(queue: QueueUnderTest) -> None:
     record = queue.record(task_id)
     assert record["state"] == "scheduled"
     assert int(record["due"]) == int(record["accepted"]) + 1500
-    assert queue.due() == {task_id: float(record["due"])}
+    assert queue.due("default") == {task_id: float(record["due"])}
     assert queue.length() == 0
 
 

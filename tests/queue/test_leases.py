@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import anyio
 import pytest
 
-from dispatcher.errors import LeaseLost
-from dispatcher.model import State, Task
-from dispatcher.queue.exchange import Held, Submission
+from dispatcher.dispatch.admission import Admission
+from dispatcher.errors import LeaseLost, QueueUnavailable
+from dispatcher.model import Delivery, State, Task
+from dispatcher.policy import Policy
+from dispatcher.queue import leases as leases_module
+from dispatcher.queue.exchange import Action, Held, Placed, Settlement, Submission
 from dispatcher.queue.leases import Lease, LeaseKeeper, Wish
 from dispatcher.queue.store import Store
-from tests.queue.conftest import FAILURE, STREAM, SUCCESS, WEIGHTS, QueueUnderTest
+from tests.queue.conftest import FAILURE, LEASE, STREAM, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support import redis_server as servers
 from tests.support.waiting import wait_until
 
@@ -132,10 +138,32 @@ async def test_wishes_cut_short_what_is_interruptible_and_nothing_else(queue: Qu
 
 async def test_to_cancel_outweighs_to_let_go(queue: QueueUnderTest) -> None:
     lease = await held(queue, LeaseKeeper(queue.store, SHORT))
-    lease.request(Wish.DETACH)
-    lease.request(Wish.CANCEL)
-    lease.request(Wish.DETACH)
-    assert lease.wish is Wish.CANCEL
+    seen = [lease.wish]
+    for wish in (Wish.DETACH, Wish.CANCEL, Wish.DETACH):
+        lease.request(wish)
+        seen.append(lease.wish)
+    assert seen == [None, Wish.DETACH, Wish.CANCEL, Wish.CANCEL]
+
+
+async def test_what_one_wish_cuts_short_no_other_does(queue: QueueUnderTest) -> None:
+    lease = await held(queue, LeaseKeeper(queue.store, SHORT))
+    passed = []
+    with anyio.fail_after(5):
+        lease.request(Wish.CANCEL)
+        with lease.interruptible(Wish.DETACH):
+            await anyio.lowlevel.checkpoint()
+            passed.append("a wish from before")
+            lease.request(Wish.CANCEL)
+            await anyio.lowlevel.checkpoint()
+            passed.append("the same again")
+            lease.request(Wish.DETACH)
+            await anyio.sleep_forever()
+        with lease.interruptible(Wish.DETACH):
+            await anyio.sleep_forever()
+        with lease.interruptible():
+            await anyio.sleep_forever()
+    assert passed == ["a wish from before", "the same again"]
+    assert lease.wish is Wish.CANCEL, "both are wished, and this one more"
 
 
 async def test_giving_up_records_and_lets_go(queue: QueueUnderTest) -> None:
@@ -177,6 +205,183 @@ async def test_what_was_given_up_during_a_renewal_is_not_lost(
             await renewed.wait()
     assert not lease.lost
     assert not lease.scope.cancel_called
+
+
+def listen(queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
+    """All that renewals are answered from now on."""
+    renew_all, answers = queue.store.renew_all, list[Held]()
+
+    async def heard(leases: Sequence[tuple[str, str]], seconds: float) -> list[Held]:
+        found = await renew_all(leases, seconds)
+        answers.extend(found)
+        return found
+
+    monkeypatch.setattr(queue.store, "renew_all", heard)
+    return answers
+
+
+@pytest.mark.parametrize("action", ["final", "retry", "release", "detach"])
+async def test_a_renewal_that_overtakes_the_answer_to_giving_up_is_no_loss(
+    queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch, action: Action
+) -> None:
+    keeper = LeaseKeeper(queue.store, SHORT)
+    lease = await held(queue, keeper)
+    answers = listen(queue, monkeypatch)
+    finish = queue.store.finish
+
+    async def late(settlement: Settlement) -> Literal["ok", "lost"]:
+        answer = await finish(settlement)
+        await wait_until(lambda: answers.count("lost") >= 2)
+        return answer
+
+    monkeypatch.setattr(queue.store, "finish", late)
+    cleaned_up = False
+    async with renewing(keeper):
+        with anyio.fail_after(5), lease.scope:
+            await lease.give_up(action, FAILURE)
+            await anyio.lowlevel.checkpoint()
+            cleaned_up = True
+    assert cleaned_up
+    assert not lease.lost
+    assert not lease.scope.cancel_called
+    assert not keeper.held
+
+
+async def test_what_is_lost_while_it_is_given_up_is_told_by_the_answer_to_that(
+    queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = LeaseKeeper(queue.store, SHORT)
+    lease = await held(queue, keeper)
+    answers = listen(queue, monkeypatch)
+    finish = queue.store.finish
+
+    under_way = anyio.Event()
+
+    async def late(settlement: Settlement) -> Literal["ok", "lost"]:
+        under_way.set()
+        await wait_until(lambda: "lost" in answers)
+        return await finish(settlement)
+
+    async def give_up() -> None:
+        with pytest.raises(LeaseLost):
+            await lease.give_up("final", SUCCESS)
+
+    monkeypatch.setattr(queue.store, "finish", late)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(give_up)
+            await under_way.wait()
+            await taken_by_another(queue, lease)
+            async with renewing(keeper):
+                await wait_until(lambda: not keeper.held)
+    assert lease.lost
+    assert not keeper.held
+    assert queue.entries("results") == []
+
+
+async def test_a_cancellation_is_heard_while_a_write_is_under_way(queue: QueueUnderTest) -> None:
+    keeper = LeaseKeeper(queue.store, SHORT)
+    lease = await held(queue, keeper)
+    with lease.settling():
+        lease.heard("cancel")
+        lease.heard("lost")
+        seen = [(lease.lost, lease.scope.cancel_called, len(keeper.held))]
+    assert lease.wish is Wish.CANCEL
+    lease.heard("lost")
+    seen.append((lease.lost, lease.scope.cancel_called, len(keeper.held)))
+    assert seen == [(False, False, 1), (True, True, 0)]
+
+
+async def test_a_renewal_that_overtakes_the_answer_with_the_tasks_own_id_is_no_loss(
+    queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = LeaseKeeper(queue.store, SHORT)
+    queue.xadd('{"image": "busybox", "id": "mine"}')
+    delivery = await queue.take_one()
+    lease = keeper.hold(delivery)
+    answers = listen(queue, monkeypatch)
+    place = queue.store.place
+
+    async def late(placed: Delivery, task: Task) -> tuple[Placed, str]:
+        answer = await place(placed, task)
+        await wait_until(lambda: answers.count("lost") >= 2)
+        return answer
+
+    monkeypatch.setattr(queue.store, "place", late)
+    admission = Admission(queue.store, keeper, Policy(), max_bytes=65_536)
+    async with renewing(keeper):
+        with anyio.fail_after(5), lease.scope:
+            assert await admission.admit(delivery, lease)
+            await wait_until(lambda: answers[-1] == "ok")
+    assert not lease.lost
+    assert not lease.scope.cancel_called
+    assert keeper.held == {"mine": lease}
+
+
+async def test_a_renewal_that_fails_is_tried_once_and_soon_again(
+    queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease_seconds = 4.0  # so renewals come a second apart
+    monkeypatch.setattr(leases_module, "RETRY_PAUSE", 0.05)
+    keeper = LeaseKeeper(queue.store, lease_seconds)
+    lease = await held(queue, keeper)
+    script, calls = queue.store._script, list[float]()
+
+    def failing(name: str) -> Callable[..., Awaitable[Any]]:
+        if name != "renew":
+            return script(name)
+        calls.append(time.monotonic())
+        if len(calls) <= 3:
+            raise ConnectionResetError("peer")
+        return script(name)
+
+    monkeypatch.setattr(queue.store, "_script", failing)
+    started = time.monotonic()
+    queue.ask("ZADD", queue.key("index:leases"), 1, lease.task_id)
+    async with renewing(keeper):
+        await wait_until(lambda: len(calls) == 5)
+    pauses = [b - a for a, b in pairwise([started, *calls])]
+    usual = lease_seconds / 4
+    # Tries within one call would be 0.1 s apart or more, and the keeper's own as well as that.
+    assert min(pauses[0], pauses[4]) > usual * 0.9
+    assert max(pauses[1:4]) < usual / 2
+    assert queue.members("index:leases")[lease.task_id] > queue.now_ms()
+    assert not lease.lost
+
+
+async def test_renewing_many_is_not_repeated_by_itself(
+    queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def failing(name: str) -> Callable[..., Awaitable[Any]]:
+        calls.append(name)
+        raise ConnectionResetError("peer")
+
+    monkeypatch.setattr(queue.store, "_script", failing)
+    with pytest.raises(QueueUnavailable):
+        await queue.store.renew_all([("one", "a/1/1")], LEASE)
+    assert calls == ["renew"]
+    monkeypatch.undo()
+
+
+async def test_a_slow_answer_is_part_of_the_interval(
+    queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease_seconds = 2.0
+    keeper = LeaseKeeper(queue.store, lease_seconds)
+    await held(queue, keeper)
+    renew_all, calls = queue.store.renew_all, list[float]()
+
+    async def slow(leases: Sequence[tuple[str, str]], seconds: float) -> list[Held]:
+        calls.append(time.monotonic())
+        await anyio.sleep(lease_seconds / 4 * 0.8)
+        return await renew_all(leases, seconds)
+
+    monkeypatch.setattr(queue.store, "renew_all", slow)
+    async with renewing(keeper):
+        await wait_until(lambda: len(calls) == 4)
+    assert calls[3] - calls[0] < 3 * lease_seconds / 4 * 1.4
 
 
 async def test_a_task_that_got_its_own_id_during_a_renewal_is_not_lost(

@@ -95,7 +95,7 @@ async def test_a_queue_that_nobody_serves_changes_nothing(queue: QueueUnderTest)
 async def test_a_delay_counts_from_the_entry(queue: QueueUnderTest) -> None:
     delivery = await plain(queue)
     assert await placed(queue, delivery, id="mine", delay=60.0) == ("moved", "mine")
-    assert queue.due() == {"mine": delivery.accepted_ms + 60_000}
+    assert queue.due("default") == {"mine": delivery.accepted_ms + 60_000}
     assert queue.record("mine")["state"] == "scheduled"
     assert queue.members("index:leases") == {}
 
@@ -115,6 +115,7 @@ async def test_not_before_schedules_what_is_to_come(queue: QueueUnderTest, hours
 async def test_a_scheduled_one_comes_in_its_own_queue(queue: QueueUnderTest) -> None:
     delivery = await plain(queue)
     await placed(queue, delivery, queue="low", delay=60.0)
+    assert queue.due("low").keys() == queue.due().keys() == {delivery.task_id}
     queue.fall_due()
     assert (await queue.tick()).promoted == 1
     assert (await queue.take_one(queues={"low": 1})).queue == "low"

@@ -8,7 +8,7 @@ import pytest
 
 from dispatcher.errors import InvalidTask
 from dispatcher.model import Delivery, Task
-from dispatcher.queue.exchange import Limits
+from dispatcher.queue.exchange import Action, Limits
 from dispatcher.queue.wire import parse_delivery
 from tests.queue.conftest import POISONED, QueueUnderTest
 
@@ -126,21 +126,95 @@ async def test_an_entry_of_a_great_many_fields_is_one_task(queue: QueueUnderTest
     assert "is unknown" in problem(delivery) or delivery.oversize
 
 
-async def test_a_reference_to_a_task_that_stands_elsewhere_does_nothing_to_it(queue: QueueUnderTest) -> None:
-    task_id = await queue.submit()
-    held = await queue.take_one()
-    queue.xadd({"ref": task_id})
-    assert await queue.take(5, "b") == []
-    assert await queue.finish(held) == "ok"
-    queue.xadd({"ref": task_id})
-    assert await queue.take(5, "b") == []
-    assert len(queue.entries("results")) == 1
+@pytest.mark.parametrize("phase", ["waiting", "held", "scheduled", "ready", "inbox", "ended"])
+async def test_a_reference_that_is_not_ours_does_nothing_to_the_task_and_is_told(
+    queue: QueueUnderTest, phase: str
+) -> None:
+    await queue.submit(id="mine")
+    if phase != "waiting":
+        held = await queue.take_one()
+        if phase == "inbox":
+            await queue.renew(held, state="running", daemon="engine-9")
+        if phase == "ended":
+            await queue.finish(held)
+        elif phase != "held":
+            action: Action = "detach" if phase == "inbox" else "release"
+            await queue.finish(held, action, delay=60 if phase == "scheduled" else 0)
+    before = queue.record("mine")
+    forged = queue.xadd({"ref": "mine"}, "high")
+    delivery = await queue.take_one("b", queues={"high": 1})
+    assert (delivery.task_id, delivery.source_id) == (forged, forged.removeprefix("high."))
+    assert "refers to a task" in problem(delivery)
+    await queue.finish(delivery, "final", POISONED)
+    assert queue.record("mine") == before
+    (dead,) = queue.entries("dead")
+    assert (dead["id"].decode(), dead["task"], dead["reason"]) == (forged, b"ref mine", b"invalid")
+    assert len(queue.entries("results")) == 1 + (phase == "ended")
 
 
 async def test_a_second_reference_to_a_waiting_task_gives_it_once(queue: QueueUnderTest) -> None:
     task_id = await queue.submit()
-    queue.xadd({"ref": task_id})
-    assert [d.task_id for d in await queue.take()] == [task_id]
+    forged = queue.xadd({"ref": task_id})
+    own, other = await queue.take()
+    assert (own.task_id, own.fields) == (task_id, None)
+    assert (other.task_id, other.fields) == (forged, ((b"ref", task_id.encode()),))
+
+
+async def test_a_reference_ahead_of_ours_does_not_take_the_task_along(queue: QueueUnderTest) -> None:
+    forged = queue.xadd({"ref": "mine"})
+    await queue.submit(id="mine")
+    assert [(d.task_id, d.fields is None) for d in await queue.take()] == [(forged, False), ("mine", True)]
+
+
+FUTURE = "99999999999999999-1"
+
+
+@pytest.mark.parametrize("how", ["taken", "cancelled"])
+async def test_an_entry_from_the_future_was_accepted_now(queue: QueueUnderTest, how: str) -> None:
+    task_id = queue.xadd('{"image": "busybox"}', "default", FUTURE)
+    before = queue.now_ms()
+    if how == "taken":
+        await queue.take_one()
+        assert before <= queue.members("index:open")[task_id] <= queue.now_ms()
+    else:
+        await queue.store.cancel(task_id)
+    assert before <= int(queue.record(task_id)["accepted"]) <= queue.now_ms()
+
+
+async def test_an_entry_from_the_future_with_a_delay_is_due_after_its_delay(queue: QueueUnderTest) -> None:
+    queue.xadd("", "default", FUTURE)
+    delivery = await queue.take_one()
+    task = Task(image="busybox", delay=60.0)
+    assert await queue.store.place(delivery, task) == ("moved", delivery.task_id)
+    tick = await queue.tick()
+    assert tick.next_due_ms == delivery.accepted_ms + 60_000 <= queue.now_ms() + 60_000
+    assert await queue.submit(), "the stream goes on"
+    assert len(await queue.take()) == 1
+
+
+async def test_an_entry_from_the_past_keeps_its_time(queue: QueueUnderTest) -> None:
+    queue.xadd('{"image": "busybox"}', "default", "1700000000000-0")
+    assert (await queue.take_one()).accepted_ms == 1_700_000_000_000
+
+
+@pytest.mark.parametrize("trace", ["junk", TRACE[1:], f"{TRACE}0", "x" * 60_000])
+async def test_a_traceparent_that_can_be_none_is_not_kept(queue: QueueUnderTest, trace: str) -> None:
+    queue.xadd({"task": '{"image": "busybox"}', "traceparent": trace})
+    waits = queue.xadd({"task": '{"image": "busybox"}', "traceparent": trace}, "low")
+    delivery = await queue.take_one(queues={"default": 1})
+    assert delivery.traceparent == ""
+    await queue.finish(delivery)
+    await queue.store.cancel(waits)
+    assert [result["traceparent"] for result in queue.entries("results")] == [b"", b""]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(512, 512), (513, 0), (60_000, 0)])
+async def test_of_tracestate_512_bytes_are_kept(queue: QueueUnderTest, size: int, kept: int) -> None:
+    state = "x" * size
+    queue.xadd({"task": '{"image": "busybox"}', "traceparent": TRACE, "tracestate": state})
+    delivery = await queue.take_one()
+    assert (delivery.traceparent, delivery.tracestate) == (TRACE, state[:kept])
+    assert parse_delivery(delivery, max_bytes=MAX_BYTES) == Task(image="busybox")
 
 
 async def test_an_id_that_somebody_chose_by_hand_does_not_hide_the_entry(queue: QueueUnderTest) -> None:

@@ -275,6 +275,47 @@ async def test_a_call_whose_reply_was_lost_is_recognised(queue: QueueUnderTest, 
     assert len(queue.due()) == (action != "final")
 
 
+@pytest.mark.parametrize("action", ["retry", "release"])
+@pytest.mark.parametrize("delay", [0.0, 604_800.0])
+@pytest.mark.parametrize(
+    ("outcome", "says"), [(FAILURE, "exit code 3"), (Outcome(State.FAILED, Reason.LOST), "not started")]
+)
+async def test_one_that_is_to_be_cancelled_is_given_no_other_attempt(
+    queue: QueueUnderTest, action: Action, delay: float, outcome: Outcome, says: str
+) -> None:
+    await queue.submit(id="one")
+    delivery = await queue.take_one()
+    await queue.store.cancel("one")
+    for _ in range(2):
+        assert await queue.finish(delivery, action, outcome, delay=delay, budget="app") == "ok"
+    record = queue.record("one")
+    assert (record["state"], record["reason"]) == ("cancelled", "")
+    assert record["message"] == f"cancelled; its last attempt: {says}"
+    (result,) = queue.entries("results")
+    assert (result["state"], result["reason"], result["attempt"]) == (b"cancelled", b"", b"1")
+    assert queue.entries("dead") == []
+    assert queue.due() == queue.members("index:open") == queue.members("index:leases") == {}
+    assert await queue.take() == []
+
+
+async def test_one_that_is_to_be_cancelled_is_let_go_of_with_its_container(queue: QueueUnderTest) -> None:
+    await queue.submit()
+    delivery = await queue.take_one()
+    await queue.renew(delivery, state="running", daemon="engine-1")
+    await queue.store.cancel(delivery.task_id)
+    assert await queue.finish(delivery, "detach") == "ok"
+    assert queue.entries("results") == []
+    assert (await queue.take_one("b", daemon="engine-1")).cancelled
+
+
+async def test_one_that_is_to_be_cancelled_and_ended_first_has_its_own_end(queue: QueueUnderTest) -> None:
+    await queue.submit(id="one")
+    delivery = await queue.take_one()
+    await queue.store.cancel("one")
+    await queue.finish(delivery, "final", SUCCESS)
+    assert queue.record("one")["state"] == "succeeded"
+
+
 async def test_nothing_follows_an_end(queue: QueueUnderTest) -> None:
     await queue.submit()
     delivery = await queue.take_one()

@@ -225,9 +225,7 @@ class Scripts(RuleBasedStateMachine):
         served = [name for name in weights if name not in model.paused]
         inbox = self._by_acceptance(f"inbox:{daemon}")
         # In its own queue what came back goes first.
-        waiting = {
-            name: self._by_acceptance(f"ready:{name}") + model.at(f"stream:{name}") for name in served
-        }
+        waiting = {name: self._by_acceptance(f"ready:{name}") + model.at(f"stream:{name}") for name in served}
         there = len(inbox) + sum(map(len, waiting.values()))
         taken = self.run(self.queue.take(n, instance, queues=weights, daemon=daemon))
         assert len(taken) == min(n, there)

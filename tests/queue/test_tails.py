@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,27 @@ async def test_a_later_tail_of_a_task_replaces_the_earlier(tails: Tails, queue: 
     await tails.keep("one", Tail(b"yy", 2, 2))
     assert await tails.get("one") == Tail(b"yy", 2, 2)
     assert total(queue) == 2
+
+
+@pytest.mark.parametrize("late", [Tail(b"xxx", 3, 2, "me"), Tail(b"x" * 99, 99, 1, "me")])
+async def test_an_earlier_look_that_comes_late_replaces_nothing_but_answers(
+    tails: Tails, queue: QueueUnderTest, late: Tail
+) -> None:
+    last = Tail(b"xxxx the end", 12, 2)
+    await tails.keep("one", last)
+    await tails.keep("one", late)
+    assert await tails.get("one") == replace(last, asked="me")
+    assert total(queue) == len(last.data)
+    assert queue.lifetime_ms("tail:one") > 0
+
+
+async def test_a_later_look_at_the_same_output_takes_the_place_of_the_earlier(
+    tails: Tails, queue: QueueUnderTest
+) -> None:
+    for tail in (Tail(b"abc", 3, 1), Tail(b"abcde", 5, 1), Tail(b"cde", 5, 1)):
+        await tails.keep("one", tail)
+        assert await tails.get("one") == tail
+    assert total(queue) == 3
 
 
 async def test_over_the_limit_the_oldest_lose_their_output_and_say_so(

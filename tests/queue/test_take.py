@@ -103,16 +103,52 @@ async def test_an_empty_queue_leaves_its_share_to_the_others(queue: QueueUnderTe
     assert len(await queue.take(20)) == 20
 
 
-async def test_what_came_back_goes_before_the_streams_in_order_of_acceptance(queue: QueueUnderTest) -> None:
+@pytest.mark.parametrize("counts", [(1, 2, 2), (5,), (1, 1, 1, 1, 1)])
+async def test_what_came_back_goes_before_its_queues_stream_in_order_of_acceptance(
+    queue: QueueUnderTest, counts: tuple[int, ...]
+) -> None:
     for number in range(4):
-        await queue.submit(id=f"old-{number}", queue=("low", "high")[number % 2])
+        await queue.submit(id=f"old-{number}")
         queue.ask("HSET", queue.key(f"task:old-{number}"), "accepted", 1_000 + number)
     taken = {d.task_id: d for d in await queue.take()}
+    await queue.submit(id="new")
     for number in (3, 0, 2, 1):
         await queue.finish(taken[f"old-{number}"], "release")
-    await queue.submit(id="new", queue="high")
-    order = [d.task_id for n in (1, 2, 2) for d in await queue.take(n)]
+    order = [d.task_id for n in counts for d in await queue.take(n)]
     assert order == ["old-0", "old-1", "old-2", "old-3", "new"]
+
+
+@pytest.mark.parametrize("n", [1, 4, 40])
+@pytest.mark.parametrize("how", ["delayed", "released"])
+async def test_what_came_back_has_no_more_than_its_queues_weight(
+    queue: QueueUnderTest, how: str, n: int
+) -> None:
+    for _ in range(20):
+        await queue.submit(queue="low", delay=60.0 if how == "delayed" else None)
+    queue.fall_due()
+    await queue.tick()
+    for delivery in await queue.take() if how == "released" else []:
+        await queue.finish(delivery, "release")
+    assert len(queue.members("ready:low")) == 20
+    queue.redis.delete(queue.key("meta:turns"))
+    for _ in range(20):
+        await queue.submit(queue="high")
+    order = [d.queue for _ in range(40 // n) for d in await queue.take(n)]
+    assert Counter(order) == {"high": 20, "low": 20}
+    # 6 to 1 as long as there is some of both; within one call each queue's are together.
+    whole_calls = 14 // n * n
+    assert order[:whole_calls].count("low") <= whole_calls // 7 + 1
+
+
+async def test_what_is_in_the_inbox_goes_ahead_of_every_weight(queue: QueueUnderTest) -> None:
+    await queue.submit(id="placed", queue="low")
+    delivery = await queue.take_one(daemon="engine-1")
+    await queue.renew(delivery, state="running", daemon="engine-1")
+    await queue.finish(delivery, "detach")
+    await queue.submit(id="back", queue="high")
+    await queue.finish(await queue.take_one(daemon="engine-2", queues={"high": 1}), "release")
+    offer = {"high": 9, "low": 0}
+    assert [(await queue.take_one(queues=offer)).task_id for _ in range(2)] == ["placed", "back"]
 
 
 async def test_a_task_with_a_container_goes_to_an_instance_of_its_daemon_and_first(

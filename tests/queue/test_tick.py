@@ -195,6 +195,56 @@ async def test_what_the_operator_set_reaches_every_script(queue: QueueUnderTest)
     assert found == [b"7000", b"8", b"9", b"300"]
 
 
+async def test_a_second_living_instance_of_a_name_is_told_so_and_does_nothing(queue: QueueUnderTest) -> None:
+    await queue.submit(delay=60.0)
+    queue.fall_due()
+    queue.redis.delete(queue.key("meta:queues"))
+    before = {key: queue.redis.dump(key) for key in queue.redis.keys("*")}
+    for leave in (False, True):
+        tick = await queue.tick("a", incarnation="2", leave=leave, limits=Limits(max_length=9))
+        assert tick.rival
+        assert (tick.namespace, tick.promoted, tick.next_due_ms) == ("0123456789abcdef", 0, None)
+    assert {key: queue.redis.dump(key) for key in queue.redis.keys("*")} == before
+    tick = await queue.tick("a", incarnation="1")
+    assert (tick.rival, tick.promoted) == (False, 1)
+
+
+async def test_instances_of_other_names_are_no_rivals(queue: QueueUnderTest) -> None:
+    assert not (await queue.tick("b", incarnation="1")).rival
+    assert not (await queue.tick("a", incarnation="1")).rival
+
+
+@pytest.mark.parametrize("how", ["silent for a lease", "has left"])
+async def test_a_name_is_free_again(queue: QueueUnderTest, how: str) -> None:
+    if how == "has left":
+        await queue.tick("a", leave=True)
+    else:
+        queue.ask("ZADD", queue.key("meta:seen"), queue.now_ms() - int(LEASE * 1000) - 1, "a")
+    assert not (await queue.tick("a", incarnation="2")).rival
+    assert (await queue.tick("a", incarnation="1")).rival, "it belongs to the second one now"
+
+
+async def test_an_emptied_queue_gets_the_namespace_of_who_comes_first(queue: QueueUnderTest) -> None:
+    queue.redis.flushall()
+    assert (await queue.tick(namespace="feedfeedfeedfeed")).namespace == "feedfeedfeedfeed"
+    assert (await queue.tick("b")).namespace == "feedfeedfeedfeed"
+
+
+@pytest.mark.parametrize(
+    "names", [("high", "default", "low"), ("low", "high", "default"), ("default", "low", "high")]
+)
+async def test_the_next_task_that_is_due_is_that_of_all_queues(
+    queue: QueueUnderTest, names: tuple[str, str, str]
+) -> None:
+    first, second, _ = names
+    for name, delay in zip(names, (20.0, 40.0, 60.0), strict=True):
+        await queue.submit(id=name, queue=name, delay=delay)
+    assert (await queue.tick(queues=["low"])).next_due_ms == int(queue.record(first)["due"])
+    queue.ask("ZADD", queue.key(f"index:due:{first}"), 1, first)
+    tick = await queue.tick(queues=["low"])
+    assert (tick.promoted, tick.next_due_ms) == (1, int(queue.record(second)["due"]))
+
+
 async def test_out_of_memory_an_instance_joins_ticks_and_leaves(queue: QueueUnderTest) -> None:
     await queue.submit()
     queue.lapse(await queue.take_one())

@@ -8,7 +8,7 @@ import pytest
 
 from dispatcher.errors import TaskNotFound, UnknownQueue
 from dispatcher.model import Reason, State
-from dispatcher.queue.views import Views
+from dispatcher.queue.views import TaskStatus, Views
 from tests.queue.conftest import FAILURE, POISONED, SUCCESS, QueueUnderTest
 
 
@@ -32,15 +32,16 @@ async def test_a_task_is_seen_in_every_phase(queue: QueueUnderTest, views: Views
     await queue.renew(delivery, state="running", daemon="engine-1", container="c1")
     status = await views.task("one")
     assert (status.state, status.daemon, status.container_id) == (State.RUNNING, "engine-1", "c1")
-    await queue.store.cancel("one")
-    assert (await views.task("one")).cancel_requested
     await queue.finish(delivery, "retry", FAILURE, delay=60, budget="app")
     status = await views.task("one")
     assert (status.state, status.attempt, status.exit_code) == (State.SCHEDULED, 2, 3)
     assert (status.reason, status.message, status.finished_at) == (Reason.EXIT, "exit code 3", None)
     queue.fall_due()
     await queue.tick()
-    await queue.finish(await queue.take_one(), "final", SUCCESS)
+    delivery = await queue.take_one()
+    await queue.store.cancel("one")
+    assert (await views.task("one")).cancel_requested
+    await queue.finish(delivery, "final", SUCCESS)
     status = await views.task("one")
     assert (status.state, status.reason, status.exit_code) == (State.SUCCEEDED, None, 0)
     assert status.started_at == datetime.fromtimestamp(1_700_000_000.25, UTC)
@@ -52,6 +53,20 @@ async def test_a_plain_entry_is_seen_before_anybody_took_it(queue: QueueUnderTes
     status = await views.task(task_id)
     assert (status.id, status.state, status.queue) == (task_id, State.QUEUED, "high")
     assert status in await views.tasks()
+
+
+async def test_a_plain_entry_that_is_taken_between_two_looks_is_seen(
+    queue: QueueUnderTest, views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = queue.xadd('{"image": "busybox"}')
+    look = views._waiting_entry
+
+    async def late(name: str) -> TaskStatus | None:
+        await queue.take_one("host-1")
+        return await look(name)
+
+    monkeypatch.setattr(views, "_waiting_entry", late)
+    assert (await views.task(task_id)).instance == "host-1"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ STEADY = Backoff(initial=4.0, jitter=False)
         (143, False, "timeout", 60, State.FAILED, Reason.TIMEOUT),
         (0, False, "timeout", 60, State.FAILED, Reason.TIMEOUT),
         (0, False, "timeout", 59, State.SUCCEEDED, None),
+        (143, False, "timeout", 59, State.FAILED, Reason.TIMEOUT),
+        (137, True, "timeout", 59, State.FAILED, Reason.TIMEOUT),
+        (1, False, "timeout", -5, State.FAILED, Reason.TIMEOUT),
+        (0, False, "timeout", -5, State.SUCCEEDED, None),
         (143, False, "cancel", 1, State.CANCELLED, None),
         (0, False, "cancel", 1, State.CANCELLED, None),
     ],
@@ -98,6 +102,7 @@ def test_infrastructure_failures_have_a_budget_of_their_own(reason: Reason) -> N
             assert full / 2 <= verdict.delay <= full
 
 
+@pytest.mark.parametrize("container", [False, True])
 @pytest.mark.parametrize(
     ("error", "reason", "action"),
     [
@@ -113,11 +118,12 @@ def test_infrastructure_failures_have_a_budget_of_their_own(reason: Reason) -> N
     ],
 )
 def test_an_error_of_the_backend_is_judged_by_its_type(
-    error: BackendError, reason: Reason, action: str
+    error: BackendError, reason: Reason, action: str, *, container: bool
 ) -> None:
     assert of_error(error).reason is reason
-    verdict = judge_error(error, Task(image="busybox"), DELIVERY, infra_max_attempts=3)
-    assert verdict.action == action
+    verdict = judge_error(error, Task(image="busybox"), DELIVERY, infra_max_attempts=3, container=container)
+    # Of a generic error alone nobody knows whether there is a container after it.
+    assert verdict.action == ("detach" if container and type(error) is BackendError else action)
     assert verdict.budget == ("infra" if action == "retry" else "none")
     assert verdict.outcome.message == str(error)
 
@@ -127,9 +133,26 @@ def test_an_engine_without_room_or_answer_is_no_failure_however_often(
     error: BackendError, action: str
 ) -> None:
     spent = replace(DELIVERY, infra_failures=99, app_failures=99)
-    verdict = judge_error(error, Task(image="x"), spent, infra_max_attempts=3)
-    assert (verdict.action, verdict.budget) == (action, "none")
-    assert verdict.delay > 0
+    for container in (False, True):
+        verdict = judge_error(error, Task(image="x"), spent, infra_max_attempts=3, container=container)
+        assert (verdict.action, verdict.budget) == (action, "none")
+        assert verdict.delay > 0
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_an_attempt_that_may_have_a_container_is_looked_for_within_the_budget(*, container: bool) -> None:
+    for failures in range(4):
+        spent = replace(DELIVERY, infra_failures=failures)
+        verdict = judge_error(
+            BackendError(), Task(image="x"), spent, infra_max_attempts=3, container=container
+        )
+        assert verdict.outcome.reason is Reason.BACKEND_ERROR
+        if failures < 2:
+            assert (verdict.action, verdict.budget) == ("detach" if container else "retry", "infra")
+            full = INFRA_BACKOFF.initial * 2**failures
+            assert full / 2 <= verdict.delay <= full
+        else:
+            assert (verdict.action, verdict.budget) == ("final", "none")
 
 
 @pytest.mark.parametrize(("failures", "action"), [(0, "detach"), (1, "detach"), (2, "final")])

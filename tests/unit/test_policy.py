@@ -42,7 +42,7 @@ def test_a_task_gets_what_it_asks_for_within_the_ceilings() -> None:
     ("fields", "field", "says"),
     [
         ({"timeout": 100.1}, "timeout", "100 s are allowed (TASK_MAX_TIMEOUT)"),
-        ({"network": "host"}, "network", "allowed: bridge, none (ALLOWED_NETWORKS)"),
+        ({"network": "host"}, "network", "allowed: bridge, inner, none (ALLOWED_NETWORKS)"),
         ({"cpus": 2.5}, "resources.cpus", "2 are allowed (TASK_MAX_CPUS)"),
         ({"memory": 1_001}, "resources.memory", "1000 bytes are allowed (TASK_MAX_MEMORY)"),
     ],
@@ -56,6 +56,15 @@ def test_more_than_that_is_rejected_with_the_field_and_the_ceiling(
     assert says in str(rejected.value)
     assert rejected.value.reason is Reason.REJECTED
     assert not rejected.value.recoverable
+
+
+def test_what_runs_already_is_not_checked_again() -> None:
+    asked = Resources(cpus=2.5, memory=1_001, pids=9)
+    task = Task(image="busybox", timeout=100.1, network="host", resources=asked)
+    with pytest.raises(RejectedTask):
+        TIGHT.grant(task)
+    assert TIGHT.grant(task, checked=False) == Grant(100.1, "host", 2.5, 1_001, 9)
+    assert TIGHT.grant(Task(image="busybox"), checked=False) == grant(TIGHT)
 
 
 @pytest.mark.parametrize("network", ["none", "inner", "bridge"])

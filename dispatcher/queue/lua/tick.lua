@@ -81,8 +81,9 @@ end
 -- Two of one name would read each other's messages and speak for each other's tasks.
 local function rival()
   local other = redis.call('HGET', INCARNATIONS, instance)
-  local seen = redis.call('ZSCORE', SEEN, instance)
-  return other and other ~= incarnation and seen and tonumber(seen) > now - lease
+  local seen = tonumber(redis.call('ZSCORE', SEEN, instance) or 0)
+  -- Seen in the future is no sign of life either: the clock has been set back since.
+  return other and other ~= incarnation and math.abs(now - seen) < lease
 end
 
 go_on_without_memory()
