@@ -113,6 +113,24 @@ def parse_size(value: Any) -> Any:
     return int(match[1]) * unit
 
 
+#: What pydantic says of wrong input, where people would not say it so.
+_PLAIN_WORDS = {
+    "int_parsing": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+    "model_type": "must be a JSON object",
+    "datetime_parsing": "must be an RFC 3339 time with an offset, such as 2030-01-31T09:00:00Z",
+    "datetime_from_date_parsing": "must be an RFC 3339 time with an offset, such as 2030-01-31T09:00:00Z",
+    "timezone_aware": "must have an offset from UTC, such as 2030-01-31T09:00:00Z",
+}
+
+
+def in_plain_words(kind: str, message: str) -> str:
+    """A validator's message by its kind, for people."""
+    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return _PLAIN_WORDS.get(kind, message)
+
+
 def _passable(value: str) -> str:
     if "\0" in value:
         raise ValueError("a NUL character can't be passed to a program")

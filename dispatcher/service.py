@@ -253,7 +253,7 @@ class Dispatcher:
                         name = f"task {delivery.task_id}"
                         deliveries.start_soon(self._pipeline.run, delivery, lease, name=name)
             except QueueError as error:
-                log.warning("tasks.not_taken", error=str(error))
+                log.debug("tasks.not_taken", error=str(error))
                 pause = TAKE_PAUSE
             finally:
                 self.slots.settle(len(taken))

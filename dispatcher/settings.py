@@ -26,10 +26,11 @@ from pydantic_settings import (
 )
 
 from dispatcher.errors import ConfigurationError
-from dispatcher.model import QUEUE_PATTERN, RESERVED_QUEUES, parse_size
+from dispatcher.model import QUEUE_PATTERN, RESERVED_QUEUES, in_plain_words, parse_size
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 _QUEUE = re.compile(QUEUE_PATTERN)
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
@@ -46,6 +47,12 @@ def _redis_url(value: SecretStr) -> SecretStr:
             parts.port  # noqa: B018 - raises for a port that is none
         except ValueError as error:
             raise ValueError("the port must be a number from 0 to 65535") from error
+        # What follows an unquoted '/' in a password would else be taken for the path.
+        if not re.fullmatch(r"/?\d{0,5}", parts.path) or not _HOST.fullmatch(parts.hostname or ""):
+            raise ValueError(
+                "must read redis://[user:password@]host[:port][/number];"
+                " '@', ':' and '/' in a password are written %40, %3A and %2F"
+            )
     return value
 
 
@@ -144,7 +151,7 @@ class Settings(BaseSettings):
     """Tasks that may wait for an image without holding a consumer."""
     pull_stall_timeout: Positive = 120.0
     """Seconds without progress until a pull is given up."""
-    backend: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32}$")] = "docker"
+    backend: Literal["docker", "process"] = "docker"
     """Where containers run: docker or process."""
     allow_process_backend: bool = False
     """Let `serve` use the process backend, which isolates nothing."""
@@ -261,7 +268,8 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     """
     given = {name.lower(): value for name, value in (flags or {}).items() if value is not None}
     if config is not None and not config.is_file():
-        raise ConfigurationError([f"--config: there is no file {config}"])
+        what = "is a directory" if config.is_dir() else "does not exist"
+        raise ConfigurationError([f"--config: {config} {what}"])
     problems = _mutually_exclusive() + _unreadable()
     Settings.toml_path = config
     try:
@@ -270,7 +278,7 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
         problems += [_told(dict(problem), config) for problem in error.errors(include_url=False)]
         raise ConfigurationError(problems) from error
     except ValueError as error:  # the TOML itself is malformed
-        raise ConfigurationError([*problems, f"--config {config}: {error}"]) from error
+        raise ConfigurationError([*problems, f"--config: {config} is not valid TOML: {error}"]) from error
     finally:
         Settings.toml_path = None
     problems += _together(settings)
@@ -325,8 +333,7 @@ def _told(problem: dict[str, Any], config: Path | None) -> str:
     if problem["type"] == "extra_forbidden":
         where = f" in {config}" if config else ""
         return f"{name}: unknown setting{where}; `dispatcher config` lists them all"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "must be")
+    message = in_plain_words(problem["type"], problem["msg"])
     path = ".".join([name.upper(), *location[1:]])
     if name in Settings.model_fields and is_secret(name):
         return f"{path}: {message}"

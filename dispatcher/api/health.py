@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 
@@ -60,7 +61,8 @@ async def serve(
     try:
         listener = socket.create_server((host, port), backlog=_MAX_CONNECTIONS)
     except OSError as error:
-        raise ConfigurationError([f"HEALTH_PORT: can't listen on {host}:{port}: {error.strerror}"]) from error
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigurationError([f"HEALTH_PORT: can't listen on {host}:{port}: {why}"]) from error
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -39,6 +39,11 @@ def tell(message: str) -> None:
         pass  # nobody listens
 
 
+def tell_gap(missing: int) -> None:
+    """Say that some of a task's output is not there."""
+    tell(f"dispatcher: {missing} bytes before this were not kept (LOG_TAIL_BYTES)")
+
+
 def exit_code_of(error: BaseException) -> int:
     """Tell of ``error`` on stderr; what to exit with."""
     causes = list(leaves(error))
@@ -88,7 +93,7 @@ def _code_of_ours(error: Exception) -> int:
     from dispatcher import errors
 
     match error:
-        case errors.TaskRefused():
+        case errors.TaskRefused() | errors.TaskConflict():
             return USAGE
         case errors.TaskNotFound() | errors.UnknownQueue():
             return NOT_FOUND

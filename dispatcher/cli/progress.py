@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from dispatcher.cli import output
-from dispatcher.cli.exits import tell
+from dispatcher.cli.exits import tell, tell_gap
 from dispatcher.cli.queues import pull_progress
 from dispatcher.model import State
 
@@ -51,7 +51,7 @@ async def watched(client: AsyncClient, task_id: str, *, image: str, follow: bool
     written = output.ContainerOutput()
 
     async def output_of() -> None:
-        async for piece in client.output(task_id, follow=True):
+        async for piece in client.output(task_id, follow=True, on_gap=tell_gap):
             if piece:
                 line.clear()
                 written.write(piece)

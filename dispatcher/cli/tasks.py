@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dispatcher.cli import output
-from dispatcher.cli.exits import FAILED, NOT_FOUND, TIMED_OUT, tell
+from dispatcher.cli.exits import FAILED, NOT_FOUND, TIMED_OUT, tell, tell_gap
 from dispatcher.cli.session import Session
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def logs(
     async def show(client: AsyncClient) -> None:
         written = output.ContainerOutput()
         if follow:
-            async for piece in client.output(task_id, follow=True, lines=tail):
+            async for piece in client.output(task_id, follow=True, lines=tail, on_gap=tell_gap):
                 written.write(piece)
             return
         kept = await client.tail(task_id)
@@ -88,7 +88,7 @@ def logs(
             output.json_document(document)
         elif kept is not None:
             if kept.dropped and tail is None:
-                tell(f"dispatcher: the first {kept.dropped} bytes were not kept (LOG_TAIL_BYTES)")
+                tell_gap(kept.dropped)
             written.write(kept.data if tail is None else kept.last(tail))
 
     Session.of(context).ask(show)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Self
 
 import anyio
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from dispatcher.errors import DispatcherError, WaitTimeout
+from dispatcher.errors import DispatcherError, QueueUnavailable, WaitTimeout
 from dispatcher.model import State, Task
+from dispatcher.queue.connection import RECONNECT_SECONDS, Patience
 from dispatcher.queue.exchange import Submission, new_task_id
 from dispatcher.queue.results import Results
 from dispatcher.queue.store import Store
@@ -165,39 +166,60 @@ class AsyncClient:
             yield rest
 
     async def output(
-        self, task_id: str, *, follow: bool = False, lines: int | None = None
+        self,
+        task_id: str,
+        *,
+        follow: bool = False,
+        lines: int | None = None,
+        on_gap: Callable[[int], None] = lambda _: None,
     ) -> AsyncGenerator[bytes]:
         """A task's output as bytes, both streams in order; of a retried task the last attempt's.
 
         Without ``follow``: what there is now, as far as it is kept. With it: from the beginning
-        of what is kept until the task has ended, each attempt in turn. ``lines``: of what there
-        is now only the last so many. Raises TaskNotFound.
+        of what is kept until the task has ended, each attempt in turn, bearing Redis' absence for
+        RECONNECT_SECONDS. ``lines``: of what there is now only the last so many. ``on_gap`` is
+        told how many bytes are missing where some are. Raises TaskNotFound.
         """
         if not follow:
             tail = await self.tail(task_id)
             if tail is not None:
+                if tail.dropped and lines is None:
+                    on_gap(tail.dropped)
                 yield tail.data if lines is None else tail.last(lines)
             return
         seen, attempt, cursor, quiet = 0, 0, "0-0", True
         if lines is not None and (now := await self.tail(task_id)):
             seen, attempt = now.total - len(now.last(lines)), now.attempt
-        while not (status := await self._views.task(task_id)).state.terminal:
-            if status.state is not State.RUNNING or not status.instance:
-                await anyio.sleep(FOLLOW_PAUSE)
-                continue
-            await self._tails.show_interest(task_id)
-            if quiet:  # nobody feeds us yet, or any more; one who does takes no harm
-                await self._store.tell(status.instance, "follow", task_id)
-            quiet = True
-            async for piece in self._tails.live(task_id, cursor):
-                quiet, cursor = False, piece.entry_id
-                if piece.attempt != attempt:
-                    seen, attempt = 0, piece.attempt
-                yield piece.data[max(0, seen - piece.offset) :]
-                seen = max(seen, piece.offset + len(piece.data))
+        patience = Patience(RECONNECT_SECONDS)
+        while True:
+            try:
+                status = await self._views.task(task_id)
+                patience.answered()
+                if status.state.terminal:
+                    break
+                if status.state is not State.RUNNING or not status.instance:
+                    await anyio.sleep(FOLLOW_PAUSE)
+                    continue
+                await self._tails.show_interest(task_id)
+                if quiet:  # nobody feeds us yet, or any more; one who does takes no harm
+                    await self._store.tell(status.instance, "follow", task_id)
+                quiet = True
+                async for piece in self._tails.live(task_id, cursor):
+                    quiet, cursor = False, piece.entry_id
+                    if piece.attempt != attempt:
+                        seen, attempt = 0, piece.attempt
+                    if piece.offset > seen:
+                        on_gap(piece.offset - seen)
+                    yield piece.data[max(0, seen - piece.offset) :]
+                    seen = max(seen, piece.offset + len(piece.data))
+            except QueueUnavailable as error:
+                await patience.bear(error)
         tail = await self._tails.get(task_id)
         if tail is not None:
-            yield tail.data[max(0, (seen if tail.attempt == attempt else 0) - tail.dropped) :]
+            seen = seen if tail.attempt == attempt else 0
+            if tail.dropped > seen:
+                on_gap(tail.dropped - seen)
+            yield tail.data[max(0, seen - tail.dropped) :]
 
     async def tail(self, task_id: str) -> Tail | None:
         """The end of a task's output as it is now; None if there is none. Raises TaskNotFound."""

@@ -8,11 +8,14 @@ whose reply was lost is done twice. So no connection of ours repeats anything by
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from random import uniform
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+import anyio
 from redis import DriverInfo, exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -26,6 +29,8 @@ from dispatcher.errors import ConfigurationError, QueueRefused, QueueUnavailable
 _DRIVER = DriverInfo().add_upstream_driver("dispatcher", __version__)
 #: Seconds for a connection or a reply. A command that takes longer is not one of ours.
 SOCKET_TIMEOUT = 5.0
+#: Seconds a waiting client bears Redis' absence: a restart, a failover.
+RECONNECT_SECONDS = 30.0
 #: Seconds a blocking read may block: below the socket timeout, or every quiet spell would
 #: look like a dead connection.
 BLOCK_TIMEOUT = 2.0
@@ -75,6 +80,26 @@ def masked(url: str) -> str:
         return f"{parts.scheme}://***"
     shown = f"{parts.scheme}://{name}{':***' if colon else ''}{at}{host}{parts.path}"
     return f"{shown}?{query}" if query else shown
+
+
+class Patience:
+    """How long a program that waits for something bears Redis' absence, once it was there."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+        self._was_there = False
+
+    def answered(self) -> None:
+        """Redis is there."""
+        self._was_there, self._since = True, None
+
+    async def bear(self, error: QueueUnavailable) -> None:
+        """Pause for a moment. Raises ``error`` when patience is at its end."""
+        self._since = time.monotonic() if self._since is None else self._since
+        if not self._was_there or time.monotonic() - self._since > self._seconds:
+            raise error
+        await anyio.sleep(uniform(0.25, 0.5))  # noqa: S311 - jitter, not a secret
 
 
 @contextmanager

@@ -60,9 +60,11 @@ class Recovery:
         Raises ConfigurationError if it goes on living, QueueError.
         """
         tick = await self._tick(self._info())
-        with anyio.move_on_after(self._lease_seconds + TICK_SECONDS):
+        wait = self._lease_seconds + TICK_SECONDS
+        if tick.rival:
+            log.info("instance.name_in_use", instance=self._instance, waits_seconds=wait)
+        with anyio.move_on_after(wait):
             while tick.rival:
-                log.info("instance.waits_for_namesake", instance=self._instance)
                 await anyio.sleep(min(TICK_SECONDS, self._lease_seconds / TICKS_PER_LEASE))
                 tick = await self._tick(self._info())
         if tick.rival:
@@ -85,9 +87,12 @@ class Recovery:
             try:
                 tick = await self._tick(self._info())
             except QueueError as error:
+                if self.healthy:
+                    log.warning("redis.away", error=str(error))
                 self.healthy = False
-                log.warning("tick.failed", error=str(error))
                 continue
+            if not self.healthy:
+                log.info("redis.back")
             self.healthy = True
             if tick.rival:
                 self._on_evicted(Evicted(f"another instance took the name {self._instance!r}"))

@@ -10,7 +10,8 @@ from random import uniform
 
 import anyio
 
-from dispatcher.queue.connection import command, read_after
+from dispatcher.errors import QueueUnavailable
+from dispatcher.queue.connection import RECONNECT_SECONDS, Patience, command, read_after
 from dispatcher.queue.store import Store
 from dispatcher.queue.views import TaskStatus, Views
 
@@ -36,9 +37,9 @@ class Results:
     async def wait(self, task_id: str) -> TaskStatus:
         """The task's status once it has ended, however long that takes.
 
-        Raises TaskNotFound, QueueUnavailable.
+        Bears Redis' absence for RECONNECT_SECONDS. Raises TaskNotFound, QueueUnavailable.
         """
-        ended = anyio.Event()
+        ended, patience = anyio.Event(), Patience(RECONNECT_SECONDS)
         if not self._waiting:
             newest = await self._newest()
             if not self._waiting:  # who began meanwhile reads from an earlier place already
@@ -46,12 +47,16 @@ class Results:
         self._waiting.setdefault(task_id, set()).add(ended)
         try:
             while True:
-                status = await self._views.task(task_id)
-                if status.state.terminal:
-                    return status
-                with anyio.move_on_after(uniform(LOOK_SECONDS / 2, LOOK_SECONDS)):  # noqa: S311 - jitter
-                    while not ended.is_set():
-                        await self._next_round()
+                try:
+                    status = await self._views.task(task_id)
+                    patience.answered()
+                    if status.state.terminal:
+                        return status
+                    with anyio.move_on_after(uniform(LOOK_SECONDS / 2, LOOK_SECONDS)):  # noqa: S311 - jitter
+                        while not ended.is_set():
+                            await self._next_round()
+                except QueueUnavailable as error:
+                    await patience.bear(error)
         finally:
             self._waiting[task_id].discard(ended)
             if not self._waiting[task_id]:

@@ -93,7 +93,7 @@ class StreamSource:
                 try:
                     heard = await read_after(redis, 1, cursors)
                 except QueueError as error:
-                    log.warning("doorbell.disconnected", error=str(error))
+                    log.debug("doorbell.disconnected", error=str(error))
                     await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter
                     pause = min(MAX_PAUSE, pause * 2)
                     continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from dispatcher.errors import InvalidTask
-from dispatcher.model import Delivery, Task
+from dispatcher.model import Delivery, Task, in_plain_words
 
 #: Fields an entry of a stream may have.
 ENTRY_FIELDS = ("task", "traceparent", "tracestate")
@@ -72,7 +72,7 @@ def _refusal(error: ValidationError) -> InvalidTask:
 
 def _problem(kind: str, location: tuple[int | str, ...], message: str) -> str:
     path = _path(location)
-    message = message.removeprefix("Value error, ")
+    message = in_plain_words(kind, message)
     if kind == "extra_forbidden":
         message = "unknown field"
         if len(location) == 1:

@@ -105,7 +105,7 @@ def test_a_file_is_a_task_and_options_win(served: Program, tmp_path: Path) -> No
 def test_an_idempotency_key_gives_the_same_task(served: Program) -> None:
     key = ["submit", "--idempotency-key", "order-1"]
     assert served.lines(*key, "busybox") == served.lines(*key, "busybox")
-    done = served.run("submit", "--idempotency-key", "order-1", "other", exit_code=1)
+    done = served.run("submit", "--idempotency-key", "order-1", "other", exit_code=2)
     assert b"other content" in done.stderr
 
 
@@ -189,3 +189,11 @@ def test_whoever_reads_may_stop_reading(served: Program) -> None:
     line = f"{subprocess.list2cmdline(served.command('logs', task_id))} | head -n 1"
     done = subprocess.run(["sh", "-c", line], env=served.environment(), capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"1\n", b"")
+
+
+def test_following_says_what_of_the_output_is_not_there(served: Program) -> None:
+    task_id = served.submit("seq 1 100000")
+    served.ended(task_id)
+    done = served.run("logs", "--follow", task_id)
+    assert done.stdout.endswith(b"99999\n100000\n")
+    assert f"{588_895 - len(done.stdout)} bytes before this were not kept" in done.stderr.decode()

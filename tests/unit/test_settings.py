@@ -73,12 +73,12 @@ BAD = [
     ("QUEUES", "results:1", "reserved"),
     ("QUEUES", ",", "at least one queue"),
     ("NUM_CONSUMERS", "0", "greater than or equal to 1"),
-    ("NUM_CONSUMERS", "ten", "valid integer"),
+    ("NUM_CONSUMERS", "ten", "whole number"),
     ("MAX_CONCURRENT_PULLS", "0", "greater than or equal to 1"),
     ("MAX_WAITING_PULLS", "-1", "greater than or equal to 1"),
     ("PULL_STALL_TIMEOUT", "0", "greater than 0"),
-    ("BACKEND", "Docker Engine", "pattern"),
-    ("ALLOW_PROCESS_BACKEND", "perhaps", "valid boolean"),
+    ("BACKEND", "Docker Engine", "'docker' or 'process'"),
+    ("ALLOW_PROCESS_BACKEND", "perhaps", "true or false"),
     ("HEALTH_PORT", "70000", "less than or equal to 65535"),
     ("INSTANCE_ID", "a/b", "pattern"),
     ("LEASE_SECONDS", "0.1", "greater than or equal to 0.5"),
@@ -256,11 +256,31 @@ def test_an_unknown_key_of_the_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["num_consumers = ", f'redis_url = "{SECRET}\n'])
 def test_a_malformed_file_is_told_without_its_content(tmp_path: Path, text: str) -> None:
     (problem,) = problems(toml(tmp_path, text))
-    assert problem.startswith("--config ")
+    assert problem.startswith(f"--config: {tmp_path}")
+    assert "is not valid TOML" in problem
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    assert problems(tmp_path / "nothing.toml") == [f"--config: there is no file {tmp_path / 'nothing.toml'}"]
+    assert problems(tmp_path / "nothing.toml") == [f"--config: {tmp_path / 'nothing.toml'} does not exist"]
+    assert problems(tmp_path) == [f"--config: {tmp_path} is a directory"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost:6379/prod",
+        "redis://:p@ss/hunter2@localhost:6379/0",
+        "redis://user:hunter2@local host",
+        "redis:///0",
+    ],
+)
+def test_a_redis_url_that_would_lead_elsewhere_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    (problem,) = problems()
+    assert problem.startswith("REDIS_URL: must read redis://")
+    assert "hunter2" not in problem
 
 
 def test_every_instance_has_a_name_of_its_own() -> None:
