@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dispatcher.errors import RejectedTask
-from dispatcher.model import Task
 from dispatcher.settings import Settings
+from dispatcher.task import Task
 
 
 @dataclass(frozen=True, slots=True)

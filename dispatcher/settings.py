@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 
 from dispatcher.errors import ConfigurationError
-from dispatcher.model import QUEUE_PATTERN, RESERVED_QUEUES, in_plain_words, parse_size
+from dispatcher.task import QUEUE_PATTERN, RESERVED_QUEUES, in_plain_words, parse_size
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 _QUEUE = re.compile(QUEUE_PATTERN)

@@ -12,9 +12,10 @@ import pytest
 import typer.main
 
 from dispatcher.cli.app import app
-from dispatcher.model import Backoff, Reason, Resources, State, Task
+from dispatcher.model import Reason, State
 from dispatcher.queue.wire import parse_document
 from dispatcher.settings import Settings
+from dispatcher.task import Backoff, Resources, Task
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

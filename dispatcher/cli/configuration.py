@@ -59,7 +59,7 @@ def schema(
     json: Annotated[bool, typer.Option("--json", hidden=True, help="It is JSON anyway.")] = True,
 ) -> None:
     """Print the JSON Schema of a task."""
-    from dispatcher.model import Task
+    from dispatcher.task import Task
 
     document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Task.model_json_schema()}
     output.json_document(document)

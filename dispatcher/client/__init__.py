@@ -12,8 +12,9 @@ from __future__ import annotations
 from dispatcher.client.asynchronous import AsyncClient, AsyncHandle
 from dispatcher.client.blocking import Client, Handle
 from dispatcher.errors import DispatcherError
-from dispatcher.model import Backoff, Reason, Resources, State, Task
+from dispatcher.model import Reason, State
 from dispatcher.queue.views import TaskStatus
+from dispatcher.task import Backoff, Resources, Task
 
 __all__ = [
     "AsyncClient",

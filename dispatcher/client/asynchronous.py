@@ -11,13 +11,14 @@ import anyio
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dispatcher.errors import DispatcherError, QueueUnavailable, WaitTimeout
-from dispatcher.model import State, Task
+from dispatcher.model import State
 from dispatcher.queue.connection import RECONNECT_SECONDS, Patience
 from dispatcher.queue.exchange import Submission, new_task_id
 from dispatcher.queue.results import Results
 from dispatcher.queue.store import Store
 from dispatcher.queue.tails import Tail, Tails
 from dispatcher.queue.views import DeadLetter, InstanceInfo, QueueInfo, TaskStatus, Views
+from dispatcher.task import Task
 
 #: Submissions under way at once in ``submit_many``; scripts carry up to a hundred.
 SUBMIT_WIDTH = 200

@@ -11,9 +11,10 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from dispatcher.client.asynchronous import AsyncClient, AsyncHandle, traced
 from dispatcher.errors import DispatcherError
-from dispatcher.model import State, Task
+from dispatcher.model import State
 from dispatcher.queue.tails import Tail
 from dispatcher.queue.views import DeadLetter, InstanceInfo, QueueInfo, TaskStatus
+from dispatcher.task import Task
 
 T = TypeVar("T")
 

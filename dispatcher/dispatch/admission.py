@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass
 
 from dispatcher.errors import ExpiredTask, InvalidTask, LeaseLost
-from dispatcher.model import Delivery, Task
+from dispatcher.model import Delivery
 from dispatcher.policy import Grant, Policy
 from dispatcher.queue.leases import Lease, LeaseKeeper
 from dispatcher.queue.store import Store
 from dispatcher.queue.wire import parse_delivery
+from dispatcher.task import Task
 
 
 @dataclass(frozen=True, slots=True)

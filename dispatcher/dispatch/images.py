@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from dispatcher.backends.base import Backend, PullProgress
 from dispatcher.errors import BackendError, ImageNotFound, ImagePullFailed
-from dispatcher.model import Task
+from dispatcher.task import Task
 
 log = structlog.get_logger(__name__)
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from random import uniform
 
 from dispatcher.errors import BackendError, BackendUnreachable, NoCapacity
-from dispatcher.model import Backoff, Delivery, Exit, Outcome, Reason, State, Task
+from dispatcher.model import Delivery, Exit, Outcome, Reason, State
 from dispatcher.queue.exchange import Action, Budget
+from dispatcher.task import Backoff, Task
 
 #: Pauses between attempts that infrastructure failures cost, in seconds.
 INFRA_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=True)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dispatcher.model import Outcome, Task
+from dispatcher.model import Outcome
+from dispatcher.task import Task
 
 #: One lease to renew: task id, owner, seconds, and what to record with it.
 Renewal = tuple[str, str, float, Mapping[str, str]]

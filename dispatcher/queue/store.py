@@ -25,7 +25,7 @@ from dispatcher.errors import (
     TaskNotFound,
     UnknownQueue,
 )
-from dispatcher.model import DEFAULT_QUEUE, Delivery, Task
+from dispatcher.model import Delivery
 from dispatcher.queue.batch import Batch
 from dispatcher.queue.connection import command, connect, sorted_errors
 from dispatcher.queue.exchange import (
@@ -39,6 +39,7 @@ from dispatcher.queue.exchange import (
     hashed_key,
     ms,
 )
+from dispatcher.task import DEFAULT_QUEUE, Task
 
 #: Tries of one script call and seconds before the second; jittered, doubling. What must not
 #: give up (a result) is repeated by its caller; a command that a person waits for is not.

@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dispatcher.errors import TaskNotFound
-from dispatcher.model import DEFAULT_QUEUE, RESERVED_QUEUES, Reason, State
+from dispatcher.model import Reason, State
 from dispatcher.queue.connection import command, sorted_errors
 from dispatcher.queue.store import Store
+from dispatcher.task import DEFAULT_QUEUE, RESERVED_QUEUES
 
 #: Records read in one round trip.
 PAGE = 200

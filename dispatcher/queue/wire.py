@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from dispatcher.errors import InvalidTask
-from dispatcher.model import Delivery, Task, in_plain_words
+from dispatcher.model import Delivery
+from dispatcher.task import Task, in_plain_words
 
 #: Fields an entry of a stream may have.
 ENTRY_FIELDS = ("task", "traceparent", "tracestate")

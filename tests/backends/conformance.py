@@ -31,7 +31,8 @@ import pytest
 
 from dispatcher.backends.base import Backend
 from dispatcher.errors import BackendError, ContainerGone, ForeignContainer, LeaseLost, StartFailed
-from dispatcher.model import Attempt, Exit, Handle, Phase, Resources, Task
+from dispatcher.model import Attempt, Exit, Handle, Phase
+from dispatcher.task import Resources, Task
 from tests.support.waiting import wait_until
 
 #: Seconds a test may take; an engine on a busy machine needs a few for a container.

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.backends.conformance import BackendConformance
 from tests.backends.docker_harness import DockerHarness
-from tests.support.engine import EngineUnderTest
 
 
 class TestConformance(BackendConformance):
     """As every backend."""
 
     @pytest.fixture
-    def harness(self, engine: EngineUnderTest) -> Iterator[DockerHarness]:
-        harness = DockerHarness(engine)
-        yield harness
-        harness.tidy()
+    def harness(self, docker_harness: DockerHarness) -> DockerHarness:
+        return docker_harness

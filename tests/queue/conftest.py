@@ -10,9 +10,10 @@ import pytest
 from redis.crc import key_slot
 
 from dispatcher.errors import QueueUnavailable
-from dispatcher.model import Delivery, Outcome, Reason, State, Task
+from dispatcher.model import Delivery, Outcome, Reason, State
 from dispatcher.queue.exchange import Action, Budget, Limits, Settlement, Submission, Tick
 from dispatcher.queue.store import Store
+from dispatcher.task import Task
 from tests.support.redis_server import RedisUnderTest
 
 STREAM = "dispatcher:tasks"

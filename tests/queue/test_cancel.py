@@ -108,7 +108,7 @@ async def test_a_task_that_ended_stays_as_it_ended(queue: QueueUnderTest) -> Non
 
 
 async def test_a_plain_entry_whose_id_leads_to_another(queue: QueueUnderTest) -> None:
-    from dispatcher.model import Task
+    from dispatcher.task import Task
 
     await queue.submit(id="mine")
     await queue.take_one("b")

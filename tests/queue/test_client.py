@@ -19,10 +19,11 @@ from dispatcher.errors import (
     UnknownQueue,
     WaitTimeout,
 )
-from dispatcher.model import Delivery, State, Task
+from dispatcher.model import Delivery, State
 from dispatcher.queue.exchange import Settlement
 from dispatcher.queue.store import Store
 from dispatcher.queue.tails import Tail, Tails
+from dispatcher.task import Task
 from tests.queue.conftest import FAILURE, LEASE, LIMITS, POISONED, STREAM, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support.redis_server import RedisUnderTest
 from tests.support.waiting import INTERVAL, wait_until

@@ -8,9 +8,9 @@ import anyio
 import pytest
 
 from dispatcher.errors import InvalidTask, QueueFull, QueueUnavailable, TaskConflict, UnknownQueue
-from dispatcher.model import Task
 from dispatcher.queue.exchange import Limits, Submission
 from dispatcher.queue.store import Keys
+from dispatcher.task import Task
 from tests.queue.conftest import FAILURE, STREAM, QueueUnderTest
 
 

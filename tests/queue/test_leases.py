@@ -14,12 +14,13 @@ import pytest
 
 from dispatcher.dispatch.admission import Admission
 from dispatcher.errors import LeaseLost, QueueUnavailable
-from dispatcher.model import Delivery, State, Task
+from dispatcher.model import Delivery, State
 from dispatcher.policy import Policy
 from dispatcher.queue import leases as leases_module
 from dispatcher.queue.exchange import Action, Held, Placed, Settlement, Submission
 from dispatcher.queue.leases import Lease, LeaseKeeper, Wish
 from dispatcher.queue.store import Store
+from dispatcher.task import Task
 from tests.queue.conftest import FAILURE, LEASE, STREAM, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support import redis_server as servers
 from tests.support.waiting import wait_until

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dispatcher.model import Delivery, Task
+from dispatcher.model import Delivery
 from dispatcher.queue.views import Views
+from dispatcher.task import Task
 from tests.queue.conftest import QueueUnderTest
 
 

@@ -7,9 +7,10 @@ import hashlib
 import pytest
 
 from dispatcher.errors import InvalidTask
-from dispatcher.model import Delivery, Task
+from dispatcher.model import Delivery
 from dispatcher.queue.exchange import Action, Limits
 from dispatcher.queue.wire import parse_delivery
+from dispatcher.task import Task
 from tests.queue.conftest import POISONED, QueueUnderTest
 
 MAX_BYTES = 65_536

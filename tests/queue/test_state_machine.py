@@ -25,9 +25,10 @@ from hypothesis.stateful import (
 )
 
 from dispatcher.errors import InvalidTask, QueueFull, TaskConflict, TaskNotFound
-from dispatcher.model import Delivery, Task
+from dispatcher.model import Delivery
 from dispatcher.queue.exchange import Action, Limits
 from dispatcher.queue.wire import parse_delivery
+from dispatcher.task import Task
 from tests.queue.conftest import FAILURE, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support.redis_server import RedisUnderTest
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dispatcher.model import Attempt, Reason, State, Task, container_name, parse_size
+from dispatcher.model import Attempt, Reason, State, container_name
+from dispatcher.task import Task, parse_size
 
 KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 

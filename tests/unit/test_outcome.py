@@ -28,7 +28,8 @@ from dispatcher.errors import (
     NoCapacity,
     StartFailed,
 )
-from dispatcher.model import Backoff, Delivery, Exit, Outcome, Reason, State, Task
+from dispatcher.model import Delivery, Exit, Outcome, Reason, State
+from dispatcher.task import Backoff, Task
 
 DELIVERY = Delivery("one", "default", "a/1/1", 1, 1, b"")
 STEADY = Backoff(initial=4.0, jitter=False)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from dispatcher.errors import RejectedTask
-from dispatcher.model import Reason, Resources, Task
+from dispatcher.model import Reason
 from dispatcher.policy import Grant, Policy
 from dispatcher.settings import Settings
+from dispatcher.task import Resources, Task
 
 OPEN = Policy()
 TIGHT = Policy(

@@ -12,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dispatcher.errors import InvalidTask
-from dispatcher.model import Delivery, Task
+from dispatcher.model import Delivery
 from dispatcher.queue.wire import MAX_PROBLEMS, parse_delivery, parse_document
+from dispatcher.task import Task
 
 #: Told to whoever reads dead letters: bounded, whatever came in.
 MAX_MESSAGE = 4_096
