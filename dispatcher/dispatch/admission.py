@@ -49,13 +49,12 @@ class Admission:
 
     async def _place(self, delivery: Delivery, lease: Lease, task: Task) -> bool:
         """Give a plain entry's task the identity, queue and time it asks for; whether it stays here."""
+        # The stream an entry lies in is its queue, unless it names another.
+        if "queue" not in task.model_fields_set and task.queue != delivery.queue:
+            task = task.model_copy(update={"queue": delivery.queue})
         asks = task.id or task.idempotency_key or task.delay or task.not_before
         if not asks and task.queue == delivery.queue:
             return True
-        if "queue" not in task.model_fields_set:  # the stream an entry lies in is its queue
-            task = task.model_copy(update={"queue": delivery.queue})
-            if not asks:
-                return True
         with lease.settling():
             verdict, task_id = await self._store.place(delivery, task)
         match verdict:
