@@ -15,7 +15,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
-from dispatcher import __version__
+from dispatcher import __version__, failpoints
 from dispatcher.backends.base import Backend
 from dispatcher.dispatch.admission import Admission
 from dispatcher.dispatch.images import ImageGovernor
@@ -246,8 +246,10 @@ class Dispatcher:
             try:
                 # Between the taking and the running of a task nothing may come.
                 with anyio.CancelScope(shield=True):
+                    failpoints.reach("before_take")
                     taken = await self.source.take(reserved)
                     for delivery in taken:
+                        failpoints.reach("after_take", delivery.task_id)
                         # Held from here on: a drain that begins now must see it.
                         lease = self.keeper.hold(delivery)
                         name = f"task {delivery.task_id}"

@@ -157,6 +157,8 @@ class Settings(BaseSettings):
     """Let `serve` use the process backend, which isolates nothing."""
     process_directory: Path = Field(default_factory=_default_process_directory)
     """Where the process backend keeps its tasks' directories."""
+    allow_failpoints: bool = False
+    """Let `serve` obey DISPATCHER_FAILPOINT, which makes it fail on purpose. For tests."""
     health_port: Port | None = None
     """/healthz, /readyz and /metrics on this port of all interfaces. Default: off."""
     instance_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")] = Field(

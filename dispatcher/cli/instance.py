@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 from functools import partial
-from random import uniform
 
 import anyio
 import structlog
@@ -13,6 +12,7 @@ import structlog
 from dispatcher.backends.base import Backend
 from dispatcher.cli.exits import DONE, leaves
 from dispatcher.errors import BackendUnreachable, QueueUnavailable
+from dispatcher.retry import RetryPause
 from dispatcher.service import Dispatcher
 from dispatcher.settings import Settings
 
@@ -64,7 +64,7 @@ class Instance:
 
         Waits for Redis and the backend, however long; each cause is told once.
         """
-        pause, told = FIRST_PAUSE, ""
+        pause, told = RetryPause(FIRST_PAUSE, LAST_PAUSE), ""
         with self._scope:
             while not self._stopping.is_set():
                 try:
@@ -76,10 +76,10 @@ class Instance:
                         raise
                     self._waits_for = str(cause)
                     if self._waits_for != told:
-                        told, pause = self._waits_for, FIRST_PAUSE
+                        told = self._waits_for
+                        pause.reset()
                         log.warning("instance.waits", cause=told)
-                await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter
-                pause = min(2 * pause, LAST_PAUSE)
+                await pause.wait()
                 self._dispatcher = Dispatcher(self._settings, self._new_backend())
 
     async def _life(self, on_started: Callable[[], None]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from dispatcher.cli.session import Session
+from dispatcher.errors import ConfigurationError
 
 app = typer.Typer()
 
@@ -34,8 +36,14 @@ def serve(
     )
     import anyio
 
+    from dispatcher import failpoints
     from dispatcher.backends import load_backend
     from dispatcher.cli.instance import Instance, attend
+
+    if specification := os.environ.get("DISPATCHER_FAILPOINT"):
+        if not settings.allow_failpoints:
+            raise ConfigurationError(["DISPATCHER_FAILPOINT: is for tests; it needs ALLOW_FAILPOINTS=true"])
+        failpoints.arm(specification)
 
     async def served() -> int:
         instance = Instance(settings, lambda: load_backend(settings, allow_process=False))

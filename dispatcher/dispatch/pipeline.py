@@ -17,6 +17,7 @@ from random import uniform
 import anyio
 import structlog
 
+from dispatcher import failpoints
 from dispatcher.backends.base import Backend
 from dispatcher.dispatch.admission import Admission, Admitted
 from dispatcher.dispatch.images import ImageGovernor
@@ -161,6 +162,7 @@ class Pipeline:
         try:
             handle = await self._launched(delivery, lease, admitted, slot)
             outcome = await self._ended(delivery, lease, admitted, handle)
+            failpoints.reach("after_exit", lease.task_id)
             await self._logs.collect(handle)
             verdict = judge(outcome, admitted.task, delivery, infra_max_attempts=self._infra_max_attempts)
         except GaveUp as gave_up:
@@ -210,6 +212,7 @@ class Pipeline:
             raise GaveUp(Verdict("release", _NOTHING, delay))
         slot.release()
         await lease.mark(State.PULLING)
+        failpoints.reach("during_pull", lease.task_id)
         with lease.interruptible():
             await self._images.pull(admitted.task)
         self._heed(lease, delivery)
@@ -220,15 +223,19 @@ class Pipeline:
         attempt = self._attempt(delivery, lease, admitted)
 
         async def confirm(handle: Handle) -> None:
+            failpoints.reach("after_create", lease.task_id)
             await lease.mark(State.STARTING, {"container": handle.container_id})
             if lease.wish is Wish.CANCEL and not handle.adopted:
                 raise GaveUp(_CANCELLED)
+            failpoints.reach("before_start", lease.task_id)
 
         async with self._gate:
             self._heed(lease, delivery)
             await lease.mark(State.STARTING, {"daemon": self._daemon})
             began = time.monotonic()
+            failpoints.reach("before_create", lease.task_id)
             handle = await self._backend.launch(attempt, confirm)
+            failpoints.reach("after_start", lease.task_id)
         self._telemetry.launch.record(time.monotonic() - began, {"queue": delivery.queue})
         if handle.adopted:
             self._telemetry.adoptions.add(1)
@@ -282,6 +289,7 @@ class Pipeline:
         ran = max(0.0, time.time() - started) if handle.adopted else 0.0
         deadline = anyio.current_time() + admitted.grant.timeout - ran
         await self._note(lease, {"started": str(round(started * 1000))})
+        failpoints.reach("running", lease.task_id)
         cause, ended = delivery.cause, None
         if not cause:
             with lease.interruptible(), anyio.move_on_after(deadline - anyio.current_time()):
@@ -299,6 +307,7 @@ class Pipeline:
         # The cause is recorded before the signal: whoever collects the exit must know it.
         await self._note(lease, {"cause": cause})
         log.info("task.stopping", task_id=lease.task_id, cause=cause)
+        failpoints.reach("before_stop", lease.task_id)
         with lease.interruptible(Wish.DETACH):
             await self._backend.stop(handle, grace)
             return await self._backend.wait(handle)
@@ -315,7 +324,9 @@ class Pipeline:
             )
 
     async def _give_up(self, delivery: Delivery, lease: Lease, verdict: Verdict) -> None:
+        failpoints.reach("before_finish", lease.task_id)
         await lease.give_up(verdict.action, verdict.outcome, delay=verdict.delay, budget=verdict.budget)
+        failpoints.reach("after_finish", lease.task_id)
         outcome = verdict.outcome
         fields = {"task_id": lease.task_id, "attempt": delivery.attempt, "queue": delivery.queue}
         if verdict.action == "final":

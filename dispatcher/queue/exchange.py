@@ -59,6 +59,7 @@ class Tick:
 Action = Literal["final", "retry", "release", "detach"]
 Budget = Literal["app", "infra", "none"]
 Held = Literal["ok", "cancel", "lost"]
+Standing = Literal["current", "stale", "unknown"]
 Placed = Literal["held", "moved", "known", "conflict", "unknown_queue", "lost"]
 
 

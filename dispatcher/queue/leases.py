@@ -16,6 +16,7 @@ from dispatcher.errors import LeaseLost, QueueError, QueueUnavailable
 from dispatcher.model import Delivery, Outcome, State
 from dispatcher.queue.exchange import Action, Budget, Settlement
 from dispatcher.queue.store import Store
+from dispatcher.retry import RetryPause
 
 log = structlog.get_logger(__name__)
 
@@ -119,14 +120,13 @@ class Lease:
             raise LeaseLost
 
     async def _settle(self, settlement: Settlement) -> Literal["ok", "lost"]:
-        pause = FIRST_PAUSE
+        pause = RetryPause(FIRST_PAUSE, MAX_PAUSE)
         while True:
             try:
                 return await self._keeper.store.finish(settlement)
             except QueueUnavailable as error:
                 log.warning("task.finish_delayed", task_id=self.task_id, error=str(error))
-            await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter, not a secret
-            pause = min(MAX_PAUSE, pause * 2)
+            await pause.wait()
 
     def heard(self, answer: str) -> None:
         """Take in what a renewal was told."""

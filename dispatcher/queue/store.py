@@ -9,18 +9,13 @@ gave out comes back when the lease lapses.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from random import uniform
 from typing import Any, Literal, cast
-
-import anyio
 
 from dispatcher.errors import (
     InvalidTask,
     QueueFull,
-    QueueUnavailable,
     TaskConflict,
     TaskNotFound,
     UnknownQueue,
@@ -34,17 +29,15 @@ from dispatcher.queue.exchange import (
     Placed,
     Renewal,
     Settlement,
+    Standing,
     Submission,
     Tick,
     hashed_key,
     ms,
 )
+from dispatcher.queue.scripts import Scripts
 from dispatcher.task import DEFAULT_QUEUE, Task
 
-#: Tries of one script call and seconds before the second; jittered, doubling. What must not
-#: give up (a result) is repeated by its caller; a command that a person waits for is not.
-TRIES = 3
-FIRST_PAUSE = 0.1
 #: Tasks one script call carries: keeps a call near a millisecond of Redis' time.
 BATCH_SIZE = 100
 #: Tasks promoted or taken over by one tick.
@@ -79,16 +72,6 @@ class Keys:
         return self.of(f"control:{instance}")
 
 
-def _sources() -> dict[str, str]:
-    files = {file.name: file.read_text("utf-8") for file in (resources.files(__package__) / "lua").iterdir()}
-    common = files.pop("common.lua")
-    return {name.removesuffix(".lua"): f"{common}\n{text}" for name, text in files.items()}
-
-
-#: The Lua text of each script, what all share included. Read at import: never in an event loop.
-SOURCES = _sources()
-
-
 class Store:
     """The queue's truth, through its scripts."""
 
@@ -104,7 +87,10 @@ class Store:
         self.keys = Keys(stream)
         self.group = group
         self.redis = connect(url, max_connections=max_connections)
-        self._scripts: dict[str, Callable[..., Awaitable[Any]]] = {}
+        # Renewals share no connection: whatever else is slow or waits for one, a lease must not.
+        self._renewing = connect(url, max_connections=1)
+        self._scripts = Scripts(self.redis, stream)
+        self._vital = Scripts(self._renewing, stream)
         self._enqueues = Batch(self._run_enqueue, BATCH_SIZE)
         self._renewals = Batch(self._run_renew, BATCH_SIZE)
         self._settlements = Batch(self._run_finish, BATCH_SIZE)
@@ -112,6 +98,7 @@ class Store:
     async def aclose(self) -> None:
         """Close the connections."""
         await self.redis.aclose()
+        await self._renewing.aclose()
 
     async def ping(self) -> None:
         """Raises QueueUnavailable unless Redis answers."""
@@ -149,7 +136,7 @@ class Store:
 
         Raises TaskNotFound, QueueUnavailable.
         """
-        reply = await self._call("cancel", [task_id])
+        reply = await self._scripts.call("cancel", [task_id])
         verdict, state = (part.decode() for part in reply)
         if verdict == "unknown":
             raise TaskNotFound(f"no task {task_id!r}")
@@ -198,7 +185,7 @@ class Store:
         """
         weights = [part for name, weight in queues.items() for part in (name, str(weight))]
         args = [self.group, instance, incarnation, ms(lease), str(n), daemon, *weights]
-        return [_delivery(raw) for raw in await self._call("take", args, tries=1)]
+        return [_delivery(raw) for raw in await self._scripts.call("take", args, tries=1)]
 
     async def place(self, delivery: Delivery, task: Task) -> tuple[Placed, str]:
         """Give a task that came in by plain XADD the identity, queue and time it asks for."""
@@ -212,7 +199,7 @@ class Store:
             ms(task.not_before.timestamp() if task.not_before else 0),
             hashed_key(task.idempotency_key),
         ]
-        verdict, task_id = await self._call("place", args)
+        verdict, task_id = await self._scripts.call("place", args)
         return cast(Placed, verdict.decode()), task_id.decode()
 
     async def renew(
@@ -227,7 +214,20 @@ class Store:
         for start in range(0, len(held), BATCH_SIZE):
             part = held[start : start + BATCH_SIZE]
             items: list[Renewal] = [(i, owner, lease, {}) for i, owner in part]
-            answers += await self._run_renew(items, tries=1)
+            answers += _held(await self._vital.call("renew", _renewal_arguments(items), tries=1))
+        return answers
+
+    async def standing(self, attempts: Sequence[tuple[str, int]]) -> list[Standing]:
+        """How containers stand to their tasks, given as (task id, attempt); answers in their order.
+
+        ``current``: the attempt the open task is at. ``stale``: the task has ended or is at a later
+        attempt. ``unknown``: there is no record of it. Raises QueueUnavailable.
+        """
+        answers: list[Standing] = []
+        for start in range(0, len(attempts), BATCH_SIZE):
+            part = attempts[start : start + BATCH_SIZE]
+            args = [word for task_id, number in part for word in (task_id, str(number))]
+            answers += [answer.decode() for answer in await self._scripts.call("standing", args)]
         return answers
 
     async def finish(self, settlement: Settlement) -> Literal["ok", "lost"]:
@@ -258,7 +258,7 @@ class Store:
             str(limits.max_bytes),
         ]
         args += queues
-        name, now, promoted, taken_over, next_due, rival = await self._call("tick", args)
+        name, now, promoted, taken_over, next_due, rival = await self._scripts.call("tick", args)
         due = int(next_due) if next_due else None
         return Tick(name.decode(), now, promoted, taken_over, due, bool(rival))
 
@@ -278,15 +278,11 @@ class Store:
                 s.traceparent,
                 s.tracestate,
             ]
-        replies = await self._call("enqueue", args)
+        replies = await self._scripts.call("enqueue", args)
         return [(reply[0].decode(), reply[1].decode(), reply[2] if reply[2:] else 0) for reply in replies]
 
-    async def _run_renew(self, items: Sequence[Renewal], *, tries: int = TRIES) -> list[Held]:
-        args = [ms(max(lease for _, _, lease, _ in items))]
-        for task_id, owner, _, fields in items:
-            flat = [part for pair in fields.items() for part in pair]
-            args += [task_id, owner, str(len(flat)), *flat]
-        return [cast(Held, answer.decode()) for answer in await self._call("renew", args, tries=tries)]
+    async def _run_renew(self, items: Sequence[Renewal]) -> list[Held]:
+        return _held(await self._scripts.call("renew", _renewal_arguments(items)))
 
     async def _run_finish(self, settlements: Sequence[Settlement]) -> list[Literal["ok", "lost"]]:
         args: list[str] = []
@@ -306,30 +302,22 @@ class Store:
                 ms(s.delay),
                 s.budget,
             ]
-        return [cast(Literal["ok", "lost"], answer.decode()) for answer in await self._call("finish", args)]
+        return [
+            cast(Literal["ok", "lost"], answer.decode())
+            for answer in await self._scripts.call("finish", args)
+        ]
 
-    async def _call(self, name: str, args: Sequence[str], *, tries: int = TRIES) -> list[Any]:
-        """Run a script; a passing failure is tried again within the budget."""
-        pause = FIRST_PAUSE
-        for left in range(tries - 1, -1, -1):
-            try:
-                with sorted_errors():
-                    # A call cancelled halfway would lose its reply, and with it what it took.
-                    with anyio.CancelScope(shield=True):
-                        return cast(list[Any], await self._script(name)(keys=[self.keys.stream], args=args))
-            except QueueUnavailable:
-                if not left:
-                    raise
-            await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter, not a secret
-            pause *= 2
-        raise AssertionError("unreachable")
 
-    def _script(self, name: str) -> Callable[..., Awaitable[Any]]:
-        if name not in self._scripts:
-            self._scripts[name] = cast(
-                Callable[..., Awaitable[Any]], self.redis.register_script(SOURCES[name])
-            )
-        return self._scripts[name]
+def _renewal_arguments(items: Sequence[Renewal]) -> list[str]:
+    args = [ms(max(lease for _, _, lease, _ in items))]
+    for task_id, owner, _, fields in items:
+        flat = [part for pair in fields.items() for part in pair]
+        args += [task_id, owner, str(len(flat)), *flat]
+    return args
+
+
+def _held(replies: Iterable[bytes]) -> list[Held]:
+    return [cast(Held, reply.decode()) for reply in replies]
 
 
 def _delivery(raw: list[Any]) -> Delivery:

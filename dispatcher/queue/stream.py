@@ -18,6 +18,7 @@ from dispatcher.errors import QueueError
 from dispatcher.model import Delivery
 from dispatcher.queue.connection import connect, read_after
 from dispatcher.queue.store import Store
+from dispatcher.retry import RetryPause
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +27,8 @@ log = structlog.get_logger(__name__)
 POLL_SECONDS = 1.0
 #: Seconds between two rings while the first has not been answered (every consumer is busy).
 RING_PAUSE = 0.05
+#: Seconds between tries to listen again while Redis is away: at first, and at the longest.
+FIRST_PAUSE = 0.1
 MAX_PAUSE = 5.0
 
 #: Called with the operation, the task id and the asker's word of a control message.
@@ -86,7 +89,7 @@ class StreamSource:
         control = self._store.keys.control(self._instance)
         cursors = {self._store.keys.queue(queue): "0-0" for queue in self._queues}
         cursors[control] = "0-0"
-        pause = 0.1
+        pause = RetryPause(FIRST_PAUSE, MAX_PAUSE)
         redis = connect(self._url, max_connections=1)
         try:
             while True:
@@ -94,10 +97,9 @@ class StreamSource:
                     heard = await read_after(redis, 1, cursors)
                 except QueueError as error:
                     log.debug("doorbell.disconnected", error=str(error))
-                    await anyio.sleep(uniform(pause / 2, pause))  # noqa: S311 - jitter
-                    pause = min(MAX_PAUSE, pause * 2)
+                    await pause.wait()
                     continue
-                pause = 0.1
+                pause.reset()
                 await self._heard(heard, cursors, control)
         finally:
             with anyio.CancelScope(shield=True):

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from dispatcher.queue.connection import command, connect, read_after, sorted_errors
 from dispatcher.queue.exchange import ms
-from dispatcher.queue.store import SOURCES, Keys
+from dispatcher.queue.scripts import SOURCES
+from dispatcher.queue.store import Keys
 
 #: Seconds a follower's interest lasts; it is renewed while it reads.
 INTEREST_SECONDS = 15.0

@@ -326,7 +326,7 @@ async def test_a_renewal_that_fails_is_tried_once_and_soon_again(
     monkeypatch.setattr(leases_module, "RETRY_PAUSE", 0.05)
     keeper = LeaseKeeper(queue.store, lease_seconds)
     lease = await held(queue, keeper)
-    script, calls = queue.store._script, list[float]()
+    script, calls = queue.store._vital._script, list[float]()
 
     def failing(name: str) -> Callable[..., Awaitable[Any]]:
         if name != "renew":
@@ -336,7 +336,7 @@ async def test_a_renewal_that_fails_is_tried_once_and_soon_again(
             raise ConnectionResetError("peer")
         return script(name)
 
-    monkeypatch.setattr(queue.store, "_script", failing)
+    monkeypatch.setattr(queue.store._vital, "_script", failing)
     started = time.monotonic()
     queue.ask("ZADD", queue.key("index:leases"), 1, lease.task_id)
     async with renewing(keeper):
@@ -359,7 +359,7 @@ async def test_renewing_many_is_not_repeated_by_itself(
         calls.append(name)
         raise ConnectionResetError("peer")
 
-    monkeypatch.setattr(queue.store, "_script", failing)
+    monkeypatch.setattr(queue.store._vital, "_script", failing)
     with pytest.raises(QueueUnavailable):
         await queue.store.renew_all([("one", "a/1/1")], LEASE)
     assert calls == ["renew"]
