@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 IMAGE ?= dispatcher
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo dev check format test test-redis-matrix image clean
+.PHONY: help venv demo dev check format test test-redis-matrix chaos image clean
 
 help: ## List what make can do here
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +55,11 @@ test-redis-matrix: venv ## Run the queue's tests on Redis 6.2, 8, the system's a
 		printf '\n--- %s: %s\n' "$$name" "$$server"; \
 		TEST_REDIS_SERVER="$$server" $(BIN)/pytest tests/queue $(PYTEST_ARGS) < /dev/null || failed="$$failed $$name"; \
 	done; test -z "$$failed" || { printf '\nfailed on:%s\n' "$$failed"; exit 1; }; }
+
+# One slice: it is added to docs/reliability/slices.jsonl, and the tables of docs/reliability.md are
+# written anew from all slices. CHAOS_ARGS="--help" tells what can be chosen.
+chaos: venv ## Kill, stop and cut what can be, for up to 20 minutes, and count what was lost
+	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 image: ## Build the container image, named by IMAGE
 	docker build --file docker/Dockerfile --tag $(IMAGE) .

@@ -94,6 +94,10 @@ class QueueUnavailable(QueueError):
     recoverable = True
 
 
+class OutputUnavailable(QueueUnavailable):
+    """The Redis that keeps tasks' output can't be reached; the tasks themselves go on."""
+
+
 class QueueRefused(QueueError):
     """Redis refuses a command of ours: a key holds something else, or a right is missing."""
 

@@ -97,10 +97,12 @@ class Delivery:
     app_failures: int = 0
     infra_failures: int = 0
     cancelled: bool = False
-    #: Why an earlier owner stopped this attempt's container: "timeout" or "cancel"; or ''.
+    #: Why an earlier owner stopped this attempt's container: "timeout", "cancel", "drain"; or ''.
     cause: str = ""
     #: Where this attempt's container may be already; '' if nobody came to making one.
     daemon: str = ""
+    #: Id of the container that was to be started for this attempt; it may have run.
+    container: str = ""
 
 
 def container_name(namespace: str, task_id: str, attempt: int) -> str:
@@ -173,6 +175,8 @@ class Handle:
     started_at: float | None = None
     #: Whether this launch found it there instead of making it.
     adopted: bool = False
+    #: Ids of earlier containers of this name that were never started, and that this launch removed.
+    replaces: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

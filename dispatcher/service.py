@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-import socket
-import time
-from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from enum import StrEnum
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup, TaskStatus
+from anyio.abc import TaskStatus
 
-from dispatcher import __version__, failpoints
 from dispatcher.backends.base import Backend
 from dispatcher.dispatch.admission import Admission
 from dispatcher.dispatch.images import ImageGovernor
+from dispatcher.dispatch.intake import Intake
 from dispatcher.dispatch.logs import Logs
 from dispatcher.dispatch.pipeline import Pipeline
+from dispatcher.dispatch.reconcile import RECONCILE_SECONDS, Reconciler
 from dispatcher.dispatch.slots import Slots
 from dispatcher.errors import BackendUnreachable, Evicted, QueueError
-from dispatcher.model import Delivery, Health, State
+from dispatcher.model import Health
 from dispatcher.policy import Policy
+from dispatcher.presence import Presence
 from dispatcher.queue.exchange import Limits
 from dispatcher.queue.leases import LeaseKeeper, Wish
+from dispatcher.queue.list import ListSource
 from dispatcher.queue.recovery import Recovery
+from dispatcher.queue.source import Source
 from dispatcher.queue.store import Store
 from dispatcher.queue.stream import StreamSource
 from dispatcher.queue.tails import Tails
-from dispatcher.queue.views import QueueInfo, Views
+from dispatcher.queue.views import Views
 from dispatcher.settings import Settings
-from dispatcher.telemetry import Reading, Telemetry
+from dispatcher.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
 
 #: Seconds between looks at the backend's health and the queues' depth.
 WATCH_SECONDS = 5.0
-#: Seconds that deliveries have to let go once they were told to.
-DETACH_TIMEOUT = 15.0
-#: Seconds before Redis is asked again for tasks after it could not be reached.
-TAKE_PAUSE = 1.0
+#: Seconds for the last words with Redis.
+CLOSE_TIMEOUT = 15.0
+SOURCES: dict[str, type[Source]] = {"redis-stream": StreamSource, "redis-list": ListSource}
 
 
 class Lifecycle(StrEnum):
@@ -86,6 +84,14 @@ class Dispatcher:
             ),
         )
         self.logs = Logs(backend, self.tails, tail_bytes=settings.log_tail_bytes)
+        self.presence = Presence(
+            settings,
+            backend.name,
+            slots=self.slots,
+            keeper=self.keeper,
+            images=self.images,
+            telemetry=self.telemetry,
+        )
         self.recovery = Recovery(
             self.store,
             instance=settings.instance_id,
@@ -96,21 +102,25 @@ class Dispatcher:
                 results_length=settings.results_max_length,
                 max_length=settings.queue_max_length,
                 max_bytes=settings.task_max_bytes,
+                max_deliveries=settings.max_deliveries,
+                infra_max_attempts=settings.infra_max_attempts,
+                lost_after=settings.lost_after,
             ),
+            source=settings.queue_source,
             queues=settings.queues,
-            info=self._info,
+            # One that does not answer is as good as one without an instance.
+            daemon=lambda: self.health.daemon if self.health.ok else "",
+            info=self.presence.document,
             on_promoted=self._look_now,
             on_evicted=self._evict,
         )
         self.health = Health(ok=False)
-        self._born = time.time()
         self._started = False
         self._healthy = anyio.Event()
-        self._draining = anyio.Event()
-        self._forced = anyio.Event()
+        #: Since when, on the loop's clock, the backend has not answered.
+        self._away_since: float | None = None
+        self._draining = False
         self._evicted: Evicted | None = None
-        self._depths: list[QueueInfo] = []
-        self._gauges()
 
     # --- life ---------------------------------------------------------------------------
 
@@ -137,18 +147,21 @@ class Dispatcher:
                 parts.start_soon(self.recovery.run, name="recovery")
                 parts.start_soon(self.source.listen, name="doorbell")
                 parts.start_soon(self._watch, name="watch")
+                parts.start_soon(self.reconciler.run, name="reconcile")
                 self._started = True
-                self.lifecycle = Lifecycle.RUNNING
+                self._move_on(Lifecycle.RUNNING)
                 task_status.started()
                 log.info("instance.started", instance=self.settings.instance_id, namespace=namespace,
                          backend=self.backend.name, daemon=self.health.daemon)  # fmt: skip
-                await self._consume()
+                if self._draining:
+                    self.intake.drain()
+                await self.intake.run()
                 parts.cancel_scope.cancel()
             if self._evicted is not None:
                 raise self._evicted
         finally:
-            self.lifecycle = Lifecycle.STOPPED
-            with anyio.CancelScope(shield=True), anyio.move_on_after(DETACH_TIMEOUT):
+            self._move_on(Lifecycle.STOPPED)
+            with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_TIMEOUT):
                 await self._close()
 
     def _look_now(self) -> None:
@@ -160,12 +173,16 @@ class Dispatcher:
             self._evicted = why
             self.drain()
 
+    def _move_on(self, lifecycle: Lifecycle) -> None:
+        self.lifecycle = lifecycle
+        self.presence.lifecycle = str(lifecycle)
+
     def drain(self) -> None:
         """Take nothing new; let running tasks end, within DRAIN_TIMEOUT. A second call forces."""
-        if self._draining.is_set():
-            self._forced.set()
-        self.lifecycle = Lifecycle.DRAINING
-        self._draining.set()
+        self._move_on(Lifecycle.DRAINING)
+        if self._started:
+            self.intake.drain()
+        self._draining = True
 
     @property
     def ready(self) -> dict[str, str]:
@@ -182,7 +199,7 @@ class Dispatcher:
     def _build(self, namespace: str) -> None:
         settings = self.settings
         policy = Policy.of(settings)
-        self.source = StreamSource(
+        self.source = SOURCES[settings.queue_source](
             self.store,
             settings.queue_redis,
             instance=settings.instance_id,
@@ -192,7 +209,7 @@ class Dispatcher:
             daemon=self.health.daemon,
             on_control=self._control,
         )
-        self._pipeline = Pipeline(
+        pipeline = Pipeline(
             backend=self.backend,
             daemon=self.health.daemon,
             namespace=namespace,
@@ -208,6 +225,23 @@ class Dispatcher:
             infra_max_attempts=settings.infra_max_attempts,
             answers=self._backend_answers,
         )
+        self.intake = Intake(
+            self.source,
+            self.slots,
+            self.keeper,
+            run=pipeline.run,
+            may_take=self._until_healthy,
+            drain_mode=settings.drain_mode,
+            drain_timeout=settings.drain_timeout,
+        )
+        self.reconciler = Reconciler(
+            self.backend,
+            self.store,
+            namespace=namespace,
+            grace=settings.reconcile_grace,
+            held=lambda: self.keeper.held,
+            interval=min(RECONCILE_SECONDS, settings.reconcile_grace / 2),
+        )
 
     async def _close(self) -> None:
         if self._started:
@@ -220,76 +254,6 @@ class Dispatcher:
         self.telemetry.shutdown()
         if self._started:
             log.info("instance.stopped", instance=self.settings.instance_id)
-
-    # --- work ---------------------------------------------------------------------------
-
-    async def _consume(self) -> None:
-        """Take tasks whenever consumers are free, until draining; then see the rest to their end."""
-        async with anyio.create_task_group() as deliveries:
-            reader = anyio.CancelScope()
-            deliveries.start_soon(self._end_reader, reader, name="drain")
-            with reader:
-                await self._read(deliveries)
-            await self._see_off(deliveries)
-
-    async def _end_reader(self, reader: anyio.CancelScope) -> None:
-        await self._draining.wait()
-        reader.cancel()
-
-    async def _read(self, deliveries: TaskGroup) -> None:
-        while True:
-            # What can't be run here is left to others.
-            await self._healthy.wait()
-            reserved = await self.slots.reserve()
-            taken: list[Delivery] = []
-            pause = 0.0
-            try:
-                # Between the taking and the running of a task nothing may come.
-                with anyio.CancelScope(shield=True):
-                    failpoints.reach("before_take")
-                    taken = await self.source.take(reserved)
-                    for delivery in taken:
-                        failpoints.reach("after_take", delivery.task_id)
-                        # Held from here on: a drain that begins now must see it.
-                        lease = self.keeper.hold(delivery)
-                        name = f"task {delivery.task_id}"
-                        deliveries.start_soon(self._pipeline.run, delivery, lease, name=name)
-            except QueueError as error:
-                log.debug("tasks.not_taken", error=str(error))
-                pause = TAKE_PAUSE
-            finally:
-                self.slots.settle(len(taken))
-            if pause:
-                await anyio.sleep(pause)
-            if not taken:
-                await self.source.wait()
-
-    async def _see_off(self, deliveries: TaskGroup) -> None:
-        """Give back what has not begun, wait for what runs, leave what does not end."""
-        held = self.keeper.held
-        log.info("instance.draining", held=len(held), timeout=self.settings.drain_timeout)
-        for lease in list(held.values()):
-            if lease.state in {State.QUEUED, State.PULLING}:
-                lease.request(Wish.DETACH)
-        with anyio.move_on_after(self.settings.drain_timeout):
-            await self._until_forced_or(self.keeper.until_empty)
-        for lease in list(held.values()):
-            lease.request(Wish.DETACH)
-        with anyio.move_on_after(DETACH_TIMEOUT) as patience:
-            await self.keeper.until_empty()
-        # Otherwise what is left to do, such as removing a container that has ended, is done.
-        if patience.cancelled_caught:
-            deliveries.cancel_scope.cancel()
-
-    async def _until_forced_or(self, done: Callable[[], Awaitable[None]]) -> None:
-        async def force() -> None:
-            await self._forced.wait()
-            group.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(force, name="force")
-            await done()
-            group.cancel_scope.cancel()
 
     def _control(self, operation: str, task_id: str, asked: str) -> None:
         """What another program asks of this instance."""
@@ -309,6 +273,20 @@ class Dispatcher:
         while True:
             await anyio.sleep(WATCH_SECONDS)
             await self._look()
+            self.presence.leaked = self.reconciler.leaked
+            if self._away_since is not None:
+                self._let_go_after(anyio.current_time() - self._away_since)
+
+    def _let_go_after(self, away: float) -> None:
+        """Give back what a backend holds that has not answered for ``away`` seconds, when that is as
+        long as the operator waits for a daemon: nobody sees these containers."""
+        if away >= self.settings.lost_after and self.keeper.held:
+            log.error("backend.given_up", held=len(self.keeper.held), seconds=round(away))
+            for lease in list(self.keeper.held.values()):
+                lease.request(Wish.DETACH)
+
+    async def _until_healthy(self) -> None:
+        await self._healthy.wait()
 
     async def _backend_answers(self) -> bool:
         health = await self.backend.probe()
@@ -316,76 +294,21 @@ class Dispatcher:
             log.warning("backend.health_changed", ok=health.ok, detail=health.detail)
         if health.ok:
             self._healthy.set()
+            if self._started and self._away_since is not None:
+                self.reconciler.wake()
+            self._away_since = None
         elif self._healthy.is_set():
             self._healthy = anyio.Event()
+            self._away_since = anyio.current_time()
         # Which daemon it was is known also while it is away.
         self.health = health if health.ok else replace(health, daemon=self.health.daemon)
+        self.presence.health = self.health
         return health.ok
 
     async def _look(self) -> None:
         """Ask the backend for its health and Redis for the queues' depth."""
         await self._backend_answers()
         try:
-            self._depths = await self.views.queues()
+            self.presence.queues = await self.views.queues()
         except QueueError as error:
             log.warning("queues.not_read", error=str(error))
-
-    def _info(self) -> str:
-        pulls = [
-            {
-                "image": pull.image,
-                "active": pull.active,
-                "waiters": pull.waiters,
-                "bytes_done": pull.progress.bytes_done,
-                "bytes_total": pull.progress.bytes_total,
-            }
-            for pull in self.images.pulls
-        ]
-        return json.dumps(
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "version": __version__,
-                "backend": self.backend.name,
-                "daemon": self.health.daemon,
-                "state": self.lifecycle,
-                "consumers": self.slots.capacity,
-                "busy": self.slots.used,
-                "held": len(self.keeper.held),
-                "waiting_for_images": self.images.waiting,
-                "pulls": pulls,
-                "queues": self.settings.queues,
-                "started_at": self._born,
-            }
-        )
-
-    def _gauges(self) -> None:
-        gauge = self.telemetry.gauge
-
-        def in_flight() -> Iterable[Reading]:
-            states = [str(lease.state) for lease in self.keeper.held.values()]
-            return [({"state": s}, states.count(s)) for s in ("queued", "pulling", "starting", "running")]
-
-        gauge("dispatcher_tasks_in_flight", "Tasks in this instance's hands, by state.", in_flight)
-        gauge("dispatcher_consumers", "Consumers of this instance.", lambda: [({}, self.slots.capacity)])
-        gauge("dispatcher_consumers_busy", "Consumers that hold a task.", lambda: [({}, self.slots.used)])
-        gauge(
-            "dispatcher_queue_depth",
-            "Tasks that wait, as this instance saw it last.",
-            lambda: [({"queue": q.name}, q.depth) for q in self._depths],
-        )
-        gauge(
-            "dispatcher_queue_oldest_seconds",
-            "Age of the task that waits longest.",
-            lambda: [({"queue": q.name}, q.oldest_seconds or 0.0) for q in self._depths],
-        )
-        gauge(
-            "dispatcher_image_pulls_in_flight",
-            "Image pulls under way.",
-            lambda: [({}, sum(pull.active for pull in self.images.pulls))],
-        )
-        gauge(
-            "dispatcher_image_pull_waiters",
-            "Tasks that wait for an image.",
-            lambda: [({}, self.images.waiting)],
-        )

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -25,34 +24,15 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from dispatcher import redis_url
 from dispatcher.errors import ConfigurationError
 from dispatcher.task import QUEUE_PATTERN, RESERVED_QUEUES, in_plain_words, parse_size
 
-_REDIS_SCHEMES = ("redis", "rediss", "unix")
 _QUEUE = re.compile(QUEUE_PATTERN)
-_HOST = re.compile(r"[A-Za-z0-9._:-]+")
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
-    try:
-        parts = urlsplit(value.get_secret_value())
-    except ValueError:  # its message may hold the password
-        raise ValueError("is not a URL") from None
-    if parts.scheme == "redis+sentinel":
-        raise ValueError("redis+sentinel:// is not supported yet")
-    if parts.scheme not in _REDIS_SCHEMES:
-        raise ValueError("must begin with redis://, rediss:// or unix://")
-    if parts.scheme != "unix":
-        try:
-            parts.port  # noqa: B018 - raises for a port that is none
-        except ValueError as error:
-            raise ValueError("the port must be a number from 0 to 65535") from error
-        # What follows an unquoted '/' in a password would else be taken for the path.
-        if not re.fullmatch(r"/?\d{0,5}", parts.path) or not _HOST.fullmatch(parts.hostname or ""):
-            raise ValueError(
-                "must read redis://[user:password@]host[:port][/number];"
-                " '@', ':' and '/' in a password are written %40, %3A and %2F"
-            )
+    redis_url.check(value.get_secret_value())
     return value
 
 
@@ -124,11 +104,11 @@ class Settings(BaseSettings):
     toml_path: ClassVar[Path | None] = None
 
     redis_url: RedisUrl = SecretStr("redis://localhost:6379/0")
-    """Queue and task truth: redis://, rediss:// or unix://."""
+    """Queue and task truth: redis://, rediss://, unix:// or redis+sentinel://."""
     state_redis_url: RedisUrl | None = None
     """A second Redis for what may be lost: log tails. Default: REDIS_URL."""
-    queue_source: Literal["redis-stream"] = "redis-stream"
-    """Where tasks come from."""
+    queue_source: Literal["redis-stream", "redis-list"] = "redis-stream"
+    """Where tasks come from: redis-stream (XADD) or redis-list (LPUSH)."""
     queue_stream_name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_stream_name)] = (
         "dispatcher:tasks"
     )
@@ -167,8 +147,15 @@ class Settings(BaseSettings):
     """Name of this consumer in the group. Default: host name and something random."""
     lease_seconds: Annotated[float, Field(ge=0.5, le=3_600)] = 30.0
     """After so long without a renewal, others take an instance's tasks over."""
+    lost_after: Positive = 300.0
+    """Seconds without any instance on a container's daemon until its attempt counts as lost."""
+    max_deliveries: Annotated[int, Field(ge=1, le=10_000)] = 5
+    """How often a task may bring its dispatcher down before it is dead-lettered as poison."""
     drain_timeout: Annotated[float, Field(ge=0, le=86_400)] = 30.0
-    """Seconds given to running tasks at SIGTERM; then their containers run on, to be adopted."""
+    """Seconds given to running tasks at SIGTERM, before DRAIN_MODE applies."""
+    drain_mode: Literal["wait", "detach", "stop"] = "wait"
+    """wait: wait for DRAIN_TIMEOUT, then leave containers running, to be adopted. detach: leave them at
+    once. stop: wait for DRAIN_TIMEOUT, then stop them and put their tasks back."""
     task_default_timeout: Positive = 3_600.0
     """Seconds a task may run that says nothing of it."""
     task_max_timeout: Positive = 86_400.0
@@ -187,6 +174,8 @@ class Settings(BaseSettings):
     """About so many entries stay in the results stream."""
     infra_max_attempts: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Attempts that infrastructure failures may use up."""
+    reconcile_grace: Positive = 60.0
+    """Seconds a container must have been left over until it is stopped and removed."""
     security_profile: Literal["baseline", "restricted"] = "baseline"
     """How tightly containers are held."""
     default_network: Annotated[str, Field(min_length=1, max_length=128)] = "bridge"

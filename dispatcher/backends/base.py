@@ -100,7 +100,8 @@ class Backend(Protocol):
         """Create, confirm, start; or adopt what bears the name (``Handle.adopted``).
 
         ``confirm`` is awaited with the created container before the start, and with the
-        adopted one before it is returned. What it raises is passed on.
+        adopted one before it is returned. What it raises is passed on. ``Handle.replaces`` tells
+        it which containers of the name this launch has found unstarted and removed.
 
         Returns a handle that is RUNNING or EXITED, with ``started_at``.
         Raises StartFailed (the container is gone again), LaunchRejected, ImageNotFound,

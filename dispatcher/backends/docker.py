@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from dispatcher.backends.docker_spec import (
     handle_of,
     has_ended,
     needs_image_user,
+    new_handle_of,
     oom_may_follow,
 )
 from dispatcher.backends.docker_streams import OutputPipe, pull, read_log
@@ -96,6 +98,8 @@ class DockerBackend:
         self._watcher = Watcher(self._engine)
         self._log_max_bytes = log_max_bytes
         self._daemon = ""
+        #: Ids of containers that were told to end by ``stop``, and not waited for since.
+        self._stopped: set[str] = set()
         #: Where readers of logs run; only while ``run`` does.
         self._tasks: TaskGroup | None = None
 
@@ -158,11 +162,12 @@ class DockerBackend:
         """See ``Backend.launch``."""
         image_user = await self._image_user(attempt) if needs_image_user(attempt) else ""
         config = container_config(attempt, log_max_bytes=self._log_max_bytes, image_user=image_user)
+        replaces: set[str] = set()
         for look in range(_LOOKS):
             created = await self._create(attempt, config)
             if created is not None:
-                return await self._start(created, confirm)
-            adopted = await self._adopt(attempt)
+                return await self._start(replace(created, replaces=frozenset(replaces)), confirm)
+            adopted = await self._adopt(attempt, replaces)
             if adopted is not None:
                 await confirm(adopted)
                 return adopted
@@ -191,20 +196,11 @@ class DockerBackend:
             return str(made["Id"])
 
         container_id = await self._engine.call(create, within=LAUNCH_TIMEOUT, sort=sort_create)
-        if container_id is None:
-            return None
-        return Handle(
-            container_id=container_id,
-            name=attempt.name,
-            namespace=attempt.namespace,
-            task_id=attempt.task_id,
-            attempt=attempt.number,
-            daemon=self._daemon,
-            phase=Phase.CREATED,
-        )
+        return None if container_id is None else new_handle_of(attempt, container_id, self._daemon)
 
-    async def _adopt(self, attempt: Attempt) -> Handle | None:
-        """What bears the attempt's name, if it was ever started; None if the name is free now."""
+    async def _adopt(self, attempt: Attempt, replaces: set[str]) -> Handle | None:
+        """What bears the attempt's name, if it was ever started; None if the name is free now, or
+        about to be. One that was not started is removed, and its id added to ``replaces``."""
         try:
             found = await self._inspect(attempt.name)
         except ContainerGone:
@@ -217,7 +213,8 @@ class DockerBackend:
             return handle
         # Its creator may be about to start it. Without force this is refused once it runs, and
         # a start of what is removed is refused as well: exactly one of the two happens.
-        await self._discard(handle)
+        if await self._discard(handle):
+            replaces.add(handle.container_id)
         return None
 
     async def _start(self, created: Handle, confirm: Confirm) -> Handle:
@@ -265,13 +262,18 @@ class DockerBackend:
     # --- the end ------------------------------------------------------------------------
 
     async def wait(self, handle: Handle) -> Exit:
-        """See ``Backend.wait``."""
+        """See ``Backend.wait``; ContainerGone also for one that the engine's own end has ended."""
         found = await self._ended(handle)
         if oom_may_follow(found):
             with self._watcher.watching(handle.container_id) as woken, anyio.move_on_after(OOM_SETTLE):
                 await woken.wait()
             found = await self._ended(handle)
-        return exit_of(found)
+        ended = exit_of(found)
+        stopped = handle.container_id in self._stopped
+        if not stopped and await self._watcher.ended_with_engine(handle.container_id, ended):
+            raise ContainerGone("it ended together with its engine")
+        self._stopped.discard(handle.container_id)
+        return ended
 
     async def _ended(self, handle: Handle) -> dict[str, Any]:
         """The container as it is inspected once it has ended."""
@@ -291,6 +293,7 @@ class DockerBackend:
 
     async def stop(self, handle: Handle, grace: float) -> None:
         """See ``Backend.stop``. Nothing is held while the grace passes."""
+        self._stopped.add(handle.container_id)
         try:
             if grace > 0:
                 await self._kill(handle, "SIGTERM")
@@ -318,6 +321,7 @@ class DockerBackend:
 
     async def remove(self, handle: Handle) -> None:
         """See ``Backend.remove``."""
+        self._stopped.discard(handle.container_id)
         await self._discard(handle)
 
     async def _discard(self, handle: Handle) -> bool:

@@ -13,6 +13,7 @@ import contextlib
 import math
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -104,8 +105,10 @@ class Engine:
         self._control = CapacityLimiter(control_threads)
         self.pulls = CapacityLimiter(max_pulls)
         self.log_readers = CapacityLimiter(log_readers)
-        #: One for the events, which are followed once.
-        self.watching = CapacityLimiter(1)
+        #: One for the events, which are followed once, and one to ask for those remembered.
+        self.watching = CapacityLimiter(2)
+        #: When the last request was sent that the engine answered, on the loop's clock.
+        self.answered = time.monotonic()
         self._pool_size = control_threads
         self._clients: dict[float, docker.APIClient] = {}
         self._version: str | None = None
@@ -138,10 +141,13 @@ class Engine:
         """
 
         def in_thread() -> T:
+            sent = time.monotonic()
             try:
-                return work(self._client(within))
+                answer = work(self._client(within))
             except LIBRARY_ERRORS as error:
                 raise sort(error) from error
+            self.answered = max(self.answered, sent)
+            return answer
 
         try:
             with anyio.fail_after(within):

@@ -183,6 +183,19 @@ def handle_of(inspected: Mapping[str, Any], daemon: str, *, adopted: bool = Fals
     )
 
 
+def new_handle_of(attempt: Attempt, container_id: str, daemon: str) -> Handle:
+    """What was created for ``attempt`` just now."""
+    return Handle(
+        container_id=container_id,
+        name=attempt.name,
+        namespace=attempt.namespace,
+        task_id=attempt.task_id,
+        attempt=attempt.number,
+        daemon=daemon,
+        phase=Phase.CREATED,
+    )
+
+
 def created_handle_of(listed: Mapping[str, Any], daemon: str) -> Handle | None:
     """A listed container of ours, if it was never started; a list doesn't say when others were.
 

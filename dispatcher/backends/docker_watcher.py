@@ -4,24 +4,31 @@ Two sources, since each alone fails: the engine's events, which come at once but
 when a stream breaks or an engine restarts; and a list of all containers of ours, taken
 every ten seconds and after each reconnect, which misses nothing but is late. Neither is
 taken at its word: a waiter that is woken inspects its container.
+
+It also keeps in mind when the engine was away: see ``docker_absence``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import anyio
 import structlog
 from anyio import from_thread
 from urllib3.exceptions import ReadTimeoutError
 
-from dispatcher.backends.docker_client import Engine, StreamClient
+from dispatcher.backends.docker_absence import Absence, absence_of, ended_by_signal
+from dispatcher.backends.docker_client import CONTROL_TIMEOUT, Engine, StreamClient
 from dispatcher.backends.docker_spec import NAMESPACE_LABEL, unix_time
 from dispatcher.errors import BackendError
+from dispatcher.model import Exit
+from dispatcher.retry import RetryPause
 
 log = structlog.get_logger(__name__)
 
@@ -33,11 +40,20 @@ EVENTS_SILENCE = 60.0
 #: Seconds until the events are asked for again, doubled from failure to failure.
 _BACKOFF_INITIAL = 0.1
 _BACKOFF_MAX = 5.0
+#: Seconds until a list is tried again that failed, while somebody waits for it: at first, at most.
+_RELIST_PAUSES = (0.25, 1.0)
+#: Absences of the engine and signals it sent that are kept in mind. A wait that was told of an
+#: end asks right after the engine is back; who asks later than that is never answered.
+_ABSENCES = 16
+_SIGNALS = 4096
 
 #: What a wait looks up for. "die" comes after the engine has written the exit down, "oom"
-#: before or after it.
-_EVENTS = {"type": "container", "event": ["die", "destroy", "oom"], "label": NAMESPACE_LABEL}
+#: before or after it. "kill" means that the engine sent a signal, for whomever.
+_EVENTS = {"type": "container", "event": ["die", "destroy", "oom", "kill"], "label": NAMESPACE_LABEL}
+_NANO = 1_000_000_000
 _RUNNING = frozenset({"running", "paused", "restarting", "created"})
+
+T = TypeVar("T")
 
 
 class Watcher:
@@ -50,7 +66,19 @@ class Watcher:
         #: The engine's time of the last event seen, in whole Unix seconds. Events are asked for
         #: from there on: an engine answers the request before it begins to listen for us.
         self._seen: int | None = None
+        #: How often the stream broke since it was last open: 0 while it is.
         self._failures = 0
+        #: When the request for the last list was sent, on the loop's clock. Each has a connection
+        #: of its own: an engine that is shutting down goes on answering on those it has.
+        self._listed = time.monotonic()
+        #: Set after each list or failure to get one.
+        self._looked = anyio.Event()
+        #: Once the stream broke, and until it is known whether the engine is still the same: when
+        #: it had listed and when it had answered last before.
+        self._away: tuple[float, float] | None = None
+        self._absences: deque[Absence] = deque(maxlen=_ABSENCES)
+        #: Containers that the engine was heard sending a signal to, and when by its clock.
+        self._signals: deque[tuple[str, float]] = deque(maxlen=_SIGNALS)
 
     @contextlib.contextmanager
     def watching(self, container_id: str) -> Iterator[anyio.Event]:
@@ -68,6 +96,20 @@ class Watcher:
             if not waiting:
                 del self._waiting[container_id]
 
+    async def ended_with_engine(self, container_id: str, ended: Exit) -> bool:
+        """Whether this end is explained by an absence of the engine that we saw.
+
+        Waits until the engine is back, if it is away or about to go.
+        """
+        if ended.exit_code == 0 or ended.oom:
+            return False
+        suspicious = ended_by_signal(ended) or any(one == container_id for one, _ in self._signals)
+        asked = time.monotonic()
+        while self._away is not None or (suspicious and self._listed < asked):
+            self._relist.set()
+            await self._looked.wait()
+        return any(absence.explains(container_id, ended) for absence in self._absences)
+
     async def run(self) -> None:
         """Watch until cancelled, whatever the engine does meanwhile."""
         async with anyio.create_task_group() as tasks:
@@ -79,7 +121,7 @@ class Watcher:
             error = ""
             try:
                 if self._seen is None:
-                    self._seen = await self._engine.call(_engine_time)
+                    self._seen = int(await self._engine.call(_engine_time))
                 silent = await self._engine.stream(
                     self._read_events, limiter=self._engine.watching, silence=EVENTS_SILENCE
                 )
@@ -88,6 +130,8 @@ class Watcher:
             except BackendError as lost:
                 error = str(lost)
             self._failures += 1
+            if self._away is None:
+                self._away = self._listed, self._engine.answered
             log.warning("docker.events_lost", failures=self._failures, error=error)
             self._engine.forget_version()
             backoff = min(_BACKOFF_MAX, _BACKOFF_INITIAL * 2 ** min(self._failures, 10))
@@ -100,7 +144,7 @@ class Watcher:
         from_thread.run_sync(self._connected)
         try:
             for event in events:
-                from_thread.run_sync(self._ended, event["id"], event["time"])
+                from_thread.run_sync(self._heard, event)
         except ReadTimeoutError:
             return True
         return False
@@ -110,34 +154,80 @@ class Watcher:
         # An engine replays but its last 256 events, and none from before its own start.
         self._relist.set()
 
-    def _ended(self, container_id: str, time: int) -> None:
-        self._seen = time
-        self._wake(container_id)
+    def _heard(self, event: dict[str, Any]) -> None:
+        self._seen = event["time"]
+        if event["Action"] == "kill":
+            self._signals.append((event["id"], event["timeNano"] / _NANO))
+        else:
+            self._wake(event["id"])
 
     def _wake(self, container_id: str) -> None:
         for woken in self._waiting.get(container_id, ()):
             woken.set()
 
     async def _list_again_and_again(self) -> None:
+        pause = RetryPause(*_RELIST_PAUSES)
+        failing = False
         while True:
             with anyio.move_on_after(RELIST_INTERVAL):
                 await self._relist.wait()
             self._relist = anyio.Event()
-            # Before the list is taken: what comes to be waited for meanwhile may not be in it.
-            waited_for = set(self._waiting)
-            if not waited_for:
-                continue
             try:
-                running = await self._engine.call(_running)
+                # First: who is woken by the list wants to know.
+                await self._judge_absence()
+                await self._list()
             except BackendError as error:
-                log.warning("docker.relist_failed", error=str(error))
-                continue
-            for container_id in waited_for - running:
-                self._wake(container_id)
+                if not failing:
+                    log.warning("docker.relist_failed", error=str(error))
+                failing = True
+            else:
+                failing = False
+            looked, self._looked = self._looked, anyio.Event()
+            looked.set()
+            if failing or self._away is not None:
+                await pause.wait()
+            else:
+                pause.reset()
+
+    async def _list(self) -> None:
+        # Before the list is taken: what comes to be waited for meanwhile may not be in it.
+        waited_for = set(self._waiting)
+        asked = time.monotonic()
+        running = await self._ask(_running)
+        self._listed = asked
+        for container_id in waited_for - running:
+            self._wake(container_id)
+
+    async def _ask(self, work: Callable[[StreamClient], T]) -> T:
+        """Ask by a new connection."""
+        return await self._engine.stream(work, limiter=self._engine.watching, silence=CONTROL_TIMEOUT)
+
+    async def _judge_absence(self) -> None:
+        """Find out whether an engine that is back is the one that was there before."""
+        if self._away is None or self._failures:
+            return
+        listed, answered = self._away
+        now = await self._engine.call(_engine_time)
+        # To its clock; rather too early, by the time its answer took, than too late.
+        ahead = now - time.monotonic()
+        remembered = await self._ask(partial(_remembered, until=now))
+        absence = absence_of(
+            remembered, since=listed + ahead, answered=answered + ahead, until=now, heard=self._signals
+        )
+        if absence is not None:
+            log.warning("docker.engine_restarted", away_seconds=round(absence.until - absence.since, 3))
+            self._absences.append(absence)
+        self._away = None
 
 
-def _engine_time(client: Any) -> int:
-    return int(unix_time(client.info()["SystemTime"]) or 0)
+def _engine_time(client: Any) -> float:
+    return unix_time(client.info()["SystemTime"]) or 0.0
+
+
+def _remembered(client: Any, until: float) -> list[dict[str, Any]]:
+    """All events up to ``until``, which must be past, that the engine still knows."""
+    # As text: of a number or a datetime the library leaves whole seconds.
+    return list(client.events(since=0, until=f"{until:.6f}", decode=True))
 
 
 def _running(client: Any) -> set[str]:

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
@@ -131,10 +132,11 @@ class ProcessBackend:
         name = Name(attempt.namespace, attempt.task_id, attempt.number)
         scratch = self._directories.path(name) / wrapper.SCRATCH
         patience = 0.0
+        replaces: set[str] = set()
         for _ in range(LAUNCH_TRIES):
             specification = await self._blocking(specify, attempt, scratch, self._output_max_bytes)
             if await self._blocking(self._directories.create, name, specification):
-                record = await self._start(name, specification["id"], confirm)
+                record = await self._start(name, specification["id"], confirm, frozenset(replaces))
                 if record is not None:
                     return self._handle(record)
                 patience = RIVAL_TIMEOUT
@@ -143,7 +145,8 @@ class ProcessBackend:
             if record is None:
                 continue
             if record.phase is Phase.CREATED:
-                await self._blocking(self._directories.revoke, name, record.creation_id)
+                if await self._blocking(self._directories.revoke, name, record.creation_id):
+                    replaces.add(record.creation_id)
                 continue
             if record.failure is not None:
                 await self._blocking(self._directories.remove, name, record.creation_id)
@@ -224,10 +227,13 @@ class ProcessBackend:
 
     # --- launching ----------------------------------------------------------------------
 
-    async def _start(self, name: Name, creation_id: str, confirm: Confirm) -> Record | None:
+    async def _start(
+        self, name: Name, creation_id: str, confirm: Confirm, replaces: frozenset[str]
+    ) -> Record | None:
         """Confirm and start what we created; None if somebody has revoked it."""
         try:
-            await confirm(self._handle(Record(name, creation_id, Phase.CREATED)))
+            created = self._handle(Record(name, creation_id, Phase.CREATED))
+            await confirm(replace(created, replaces=replaces))
             answer = await self._run_wrapper(name, creation_id)
         except BaseException:
             # Nothing if it was started: then it is found by its name, as after a crash.

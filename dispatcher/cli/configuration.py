@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
 def _shown(value: Any) -> Any:
     from pydantic import SecretStr
 
-    from dispatcher.queue.connection import masked
+    from dispatcher.redis_url import masked
 
     return masked(value.get_secret_value()) if isinstance(value, SecretStr) else _plain(value)
 

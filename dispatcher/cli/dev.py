@@ -112,7 +112,7 @@ async def _queue(directory: Path, url: str | None) -> AsyncGenerator[str]:
 
 def _welcome(settings: Settings, health: tuple[str, int], why_no_docker: str) -> None:
     """What one needs to know to begin, on stderr."""
-    from dispatcher.queue.connection import masked
+    from dispatcher.redis_url import masked
 
     url = settings.queue_redis
     if settings.backend == "process":

@@ -11,6 +11,7 @@ import anyio
 from dispatcher.cli import output
 from dispatcher.cli.exits import tell, tell_gap
 from dispatcher.cli.queues import pull_progress
+from dispatcher.errors import OutputUnavailable
 from dispatcher.model import State
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ async def watched(client: AsyncClient, task_id: str, *, image: str, follow: bool
     async with anyio.create_task_group() as group:
         group.start_soon(_show, client, task_id, image, line, follow, name="status line")
         if follow:
-            await output_of()
+            try:
+                await output_of()
+            except OutputUnavailable as error:  # how it ends can be seen all the same
+                line.clear()
+                tell(f"dispatcher: {error}")
         ended = await client.wait(task_id)
         group.cancel_scope.cancel()
     line.clear()

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dispatcher.cli import output
+from dispatcher.cli.exits import NOT_FOUND, exit_code_of, tell
 from dispatcher.cli.session import Session
 from dispatcher.cli.tasks import Json
 
 if TYPE_CHECKING:
     from dispatcher.client import AsyncClient
-    from dispatcher.queue.views import DeadLetter
+    from dispatcher.errors import DispatcherError
+    from dispatcher.queue.dead import DeadLetter
 
 app = typer.Typer()
 queues_app = typer.Typer(invoke_without_command=True, help="Show the queues; pause and resume them.")
@@ -21,6 +23,11 @@ dead_app = typer.Typer(no_args_is_help=True, help="The dead-letter queue.")
 app.add_typer(queues_app, name="queues")
 app.add_typer(dead_app, name="dead")
 
+DeadIds = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[ID...]", show_default=False, help="Ids of tasks or of dead letters."),
+]
+EveryLetter = Annotated[bool, typer.Option("--all", help="All that are there now.")]
 Queue = Annotated[str, typer.Argument(metavar="QUEUE", show_default=False, help="The queue's name.")]
 
 
@@ -97,6 +104,58 @@ def dead_list(
         ("ID", "REASON", "QUEUE", "FINISHED", "BYTES", "MESSAGE"),
         [(d.id, d.reason, d.queue, d.finished_at, d.task_bytes, d.message) for d in found],
     )
+
+
+@dead_app.command(name="retry")
+def dead_retry(
+    context: typer.Context, ids: DeadIds = None, every: EveryLetter = False, json: Json = False
+) -> None:
+    """Make dead letters new tasks; print the new ids.
+
+    The new task has an id of its own; idempotency key, delay and not_before of the original do not
+    hold for it. What can't run as it is stays, is told on stderr and counts in the exit code.
+    """
+    _either(ids, every)
+    asked: list[str] = []
+
+    async def retry(client: AsyncClient) -> list[str | DispatcherError]:
+        asked.extend(await client.dead_ids() if every else dict.fromkeys(ids or ()))
+        answers = await client.retry_dead(asked)
+        return [answer.id if hasattr(answer, "id") else answer for answer in answers]
+
+    answers = Session.of(context).ask(retry)
+    made = {letter: answer for letter, answer in zip(asked, answers, strict=True) if isinstance(answer, str)}
+    if json:
+        output.json_document([{"dead": letter, "id": task_id} for letter, task_id in made.items()])
+    else:
+        output.text("".join(f"{task_id}\n" for task_id in made.values()))
+    codes = [exit_code_of(answer) for answer in answers if not isinstance(answer, str)]
+    if codes:
+        raise typer.Exit(NOT_FOUND if NOT_FOUND in codes else codes[0])
+
+
+@dead_app.command(name="drop")
+def dead_drop(context: typer.Context, ids: DeadIds = None, every: EveryLetter = False) -> None:
+    """Forget dead letters for good; print their ids."""
+    _either(ids, every)
+    asked: list[str] = []
+
+    async def drop(client: AsyncClient) -> list[bool]:
+        asked.extend(await client.dead_ids() if every else dict.fromkeys(ids or ()))
+        return await client.drop_dead(asked)
+
+    were_there = Session.of(context).ask(drop)
+    output.text("".join(f"{letter}\n" for letter, there in zip(asked, were_there, strict=True) if there))
+    missing = [letter for letter, there in zip(asked, were_there, strict=True) if not there]
+    for letter in missing:
+        tell(f"dispatcher: no dead letter {letter!r}")
+    if missing:
+        raise typer.Exit(NOT_FOUND)
+
+
+def _either(ids: list[str] | None, every: bool) -> None:
+    if bool(ids) == every:
+        raise typer.BadParameter("name dead letters, or give --all", param_hint="ID")
 
 
 def _dead_letter(letter: DeadLetter) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from dispatcher.errors import DispatcherError, QueueUnavailable, WaitTimeout
 from dispatcher.model import State
 from dispatcher.queue.connection import RECONNECT_SECONDS, Patience
+from dispatcher.queue.dead import DeadLetter, DeadLetters
 from dispatcher.queue.exchange import Submission, new_task_id
 from dispatcher.queue.results import Results
 from dispatcher.queue.store import Store
 from dispatcher.queue.tails import Tail, Tails
-from dispatcher.queue.views import DeadLetter, InstanceInfo, QueueInfo, TaskStatus, Views
+from dispatcher.queue.views import InstanceInfo, QueueInfo, TaskStatus, Views
 from dispatcher.task import Task
 
 #: Submissions under way at once in ``submit_many``; scripts carry up to a hundred.
@@ -76,6 +77,7 @@ class AsyncClient:
         self._tails = Tails(state_url or url, stream, max_connections=max_connections)
         self._views = Views(self._store)
         self._results = Results(self._store, self._views)
+        self._dead = DeadLetters(self._store)
 
     async def __aenter__(self) -> Self:
         return self
@@ -261,7 +263,25 @@ class AsyncClient:
 
     async def dead(self, *, limit: int = 100) -> list[DeadLetter]:
         """The newest dead letters first."""
-        return await self._views.dead(limit=limit)
+        return await self._dead.newest(limit)
+
+    async def dead_ids(self) -> list[str]:
+        """The ids of all dead letters' own, the oldest first."""
+        return await self._dead.entry_ids()
+
+    async def retry_dead(self, ids: Sequence[str]) -> list[AsyncHandle | DispatcherError]:
+        """Make dead letters new tasks, named by their tasks' ids or their own; each has its own
+        answer, in order, and the same when asked again. See ``DeadLetters.retry``.
+
+        ``id``, ``idempotency_key``, ``delay`` and ``not_before`` of the original do not hold for
+        the new task; its status has the original's id in ``retry_of``.
+        """
+        answers = await self._dead.retry(ids)
+        return [AsyncHandle(self, a) if isinstance(a, str) else a for a in answers]
+
+    async def drop_dead(self, ids: Sequence[str]) -> list[bool]:
+        """Forget dead letters for good; whether each was there, in order."""
+        return await self._dead.drop(ids)
 
 
 def traced(task: Task) -> Submission:

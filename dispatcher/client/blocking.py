@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self, TypeVar
@@ -12,8 +12,9 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from dispatcher.client.asynchronous import AsyncClient, AsyncHandle, traced
 from dispatcher.errors import DispatcherError
 from dispatcher.model import State
+from dispatcher.queue.dead import DeadLetter
 from dispatcher.queue.tails import Tail
-from dispatcher.queue.views import DeadLetter, InstanceInfo, QueueInfo, TaskStatus
+from dispatcher.queue.views import InstanceInfo, QueueInfo, TaskStatus
 from dispatcher.task import Task
 
 T = TypeVar("T")
@@ -145,6 +146,19 @@ class Client:
     def dead(self, *, limit: int = 100) -> list[DeadLetter]:
         """See ``AsyncClient.dead``."""
         return self._call(lambda: self._client.dead(limit=limit))
+
+    def dead_ids(self) -> list[str]:
+        """See ``AsyncClient.dead_ids``."""
+        return self._call(self._client.dead_ids)
+
+    def retry_dead(self, ids: Sequence[str]) -> list[Handle | DispatcherError]:
+        """See ``AsyncClient.retry_dead``."""
+        answers = self._call(lambda: self._client.retry_dead(ids))
+        return [Handle(self, a.id) if isinstance(a, AsyncHandle) else a for a in answers]
+
+    def drop_dead(self, ids: Sequence[str]) -> list[bool]:
+        """See ``AsyncClient.drop_dead``."""
+        return self._call(lambda: self._client.drop_dead(ids))
 
     def _call(self, verb: Callable[[], Awaitable[T]]) -> T:
         async def run() -> T:

@@ -22,6 +22,12 @@ class Admitted:
     grant: Grant
 
 
+def check_expiry(task: Task) -> None:
+    """Raises ExpiredTask if ``task`` must not be started any more."""
+    if task.expires_at is not None and task.expires_at.timestamp() <= time.time():
+        raise ExpiredTask(f"expires_at {task.expires_at.isoformat()} has passed")
+
+
 class Admission:
     """Decides what may run now."""
 
@@ -43,8 +49,8 @@ class Admission:
         if delivery.fields is not None and not await self._place(delivery, lease, task):
             return None
         # A container that may be there already is not kept from its end by the clock.
-        if not delivery.daemon and task.expires_at is not None and task.expires_at.timestamp() <= time.time():
-            raise ExpiredTask(f"expires_at {task.expires_at.isoformat()} has passed")
+        if not delivery.daemon:
+            check_expiry(task)
         return Admitted(task, grant)
 
     async def _place(self, delivery: Delivery, lease: Lease, task: Task) -> bool:
@@ -52,7 +58,7 @@ class Admission:
         # The stream an entry lies in is its queue, unless it names another.
         if "queue" not in task.model_fields_set and task.queue != delivery.queue:
             task = task.model_copy(update={"queue": delivery.queue})
-        asks = task.id or task.idempotency_key or task.delay or task.not_before
+        asks = task.id or task.idempotency_key or task.delay or task.not_before or task.expires_at
         if not asks and task.queue == delivery.queue:
             return True
         with lease.settling():

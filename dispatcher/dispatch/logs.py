@@ -9,7 +9,7 @@ import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
 from dispatcher.backends.base import Backend
-from dispatcher.errors import BackendError, QueueError
+from dispatcher.errors import BackendError, OutputUnavailable, QueueError
 from dispatcher.model import Handle
 from dispatcher.queue.tails import INTEREST_SECONDS, Tail, Tails
 
@@ -17,8 +17,11 @@ log = structlog.get_logger(__name__)
 
 #: Seconds that reading a tail may take; past that, what has been read is kept.
 COLLECT_TIMEOUT = 20.0
-#: Seconds that keeping it may take.
-KEEP_TIMEOUT = 1.0
+#: Seconds that a task waits for its tail to be kept, so that who has waited for the task finds
+#: it; beyond that the task goes on, and so do others without waiting, until Redis answers again.
+KEEP_TIMEOUT = 0.5
+#: Tails that may wait for a Redis that does not answer: some megabytes.
+MAX_KEEPING = 64
 #: Bytes of one piece of live output at most.
 PIECE_BYTES = 32_768
 
@@ -57,6 +60,9 @@ class Logs:
         self._tail_bytes = tail_bytes
         self._running: dict[str, Handle] = {}
         self._followed: set[str] = set()
+        self._keeping = 0
+        #: Whether the last tail was kept in time.
+        self._prompt = True
         self._group: TaskGroup | None = None
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
@@ -90,21 +96,43 @@ class Logs:
     async def collect(self, handle: Handle, asked: str = "") -> None:
         """Keep the tail of a container's output.
 
-        Output is not worth a task's result: what fails here is logged, and the task goes on.
+        Output is not worth a task's result or time: what fails here is logged, and the task goes on.
         """
         buffer = TailBuffer(self._tail_bytes)
         try:
             with anyio.move_on_after(COLLECT_TIMEOUT):
                 async for data in self._backend.logs(handle, follow=False):
                     buffer.feed(data)
-            tail = Tail(buffer.data(), buffer.total, handle.attempt, asked)
-            # A Redis that does not answer costs the output, not the task's time.
-            with anyio.fail_after(KEEP_TIMEOUT):
-                await self._tails.keep(handle.task_id, tail)
-        except (BackendError, QueueError, TimeoutError) as error:
+        except BackendError as error:
             log.warning("task.output_not_kept", task_id=handle.task_id, error=str(error))
+            return
         except Exception:
             log.exception("task.output_not_kept", task_id=handle.task_id)
+            return
+        assert self._group is not None
+        tail, kept = Tail(buffer.data(), buffer.total, handle.attempt, asked), anyio.Event()
+        self._group.start_soon(self._keep, handle.task_id, tail, kept, name=f"keep {handle.task_id}")
+        if self._prompt:
+            with anyio.move_on_after(KEEP_TIMEOUT) as waiting:
+                await kept.wait()
+            if waiting.cancelled_caught:
+                self._prompt = False
+
+    async def _keep(self, task_id: str, tail: Tail, kept: anyio.Event) -> None:
+        self._keeping += 1
+        try:
+            if self._keeping > MAX_KEEPING:
+                raise OutputUnavailable("too many wait for a Redis that does not answer")
+            await self._tails.keep(task_id, tail)
+            self._prompt = True
+        except QueueError as error:
+            self._prompt = False
+            log.warning("task.output_not_kept", task_id=task_id, error=str(error))
+        except Exception:
+            log.exception("task.output_not_kept", task_id=task_id)
+        finally:
+            self._keeping -= 1
+            kept.set()
 
     async def _feed(self, handle: Handle) -> None:
         """Publish the output from its beginning, until it ends or nobody follows any more."""

@@ -14,8 +14,10 @@ from dispatcher.task import Backoff, Task
 INFRA_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=True)
 #: Seconds before a task is tried again that the backend has no room for, or does not answer to.
 PRESSURE_DELAY = 2.0
+#: Why a container is stopped, as it is recorded before the signal.
 TIMEOUT = "timeout"
 CANCEL = "cancel"
+DRAIN = "drain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,13 @@ def of_exit(ended: Exit, cause: str, timeout: float) -> Outcome:
     elif ended.exit_code != 0:
         state, reason, message = State.FAILED, Reason.EXIT, f"exit code {ended.exit_code}"
     return Outcome(state, reason, message, ended.exit_code, ended.started_at, ended.finished_at)
+
+
+def moved_on(ended: Exit) -> Verdict:
+    """What follows when a drain has stopped a container: another attempt, which costs nothing."""
+    message = f"stopped with exit code {ended.exit_code} by a dispatcher that was leaving"
+    outcome = Outcome(State.QUEUED, None, message, ended.exit_code, ended.started_at, ended.finished_at)
+    return Verdict("retry", outcome)
 
 
 def of_error(error: BackendError) -> Outcome:

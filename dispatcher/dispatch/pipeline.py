@@ -19,22 +19,25 @@ import structlog
 
 from dispatcher import failpoints
 from dispatcher.backends.base import Backend
-from dispatcher.dispatch.admission import Admission, Admitted
+from dispatcher.dispatch.admission import Admission, Admitted, check_expiry
 from dispatcher.dispatch.images import ImageGovernor
 from dispatcher.dispatch.logs import Logs
 from dispatcher.dispatch.outcome import (
     CANCEL,
+    DRAIN,
     TIMEOUT,
     Verdict,
     judge,
     judge_error,
     judge_mistake,
+    moved_on,
     of_exit,
 )
 from dispatcher.dispatch.slots import Slot, Slots
 from dispatcher.errors import (
     BackendError,
     BackendUnreachable,
+    ContainerGone,
     ImageNotFound,
     LeaseLost,
     QueueError,
@@ -58,6 +61,7 @@ START_GATE = 2 * (os.cpu_count() or 1)
 REMOVE_TIMEOUT = 30.0
 
 _NOTHING = Outcome(State.QUEUED)
+_CAUSES = {Wish.CANCEL: CANCEL, Wish.STOP: DRAIN}
 _CANCELLED = Verdict("final", Outcome(State.CANCELLED, message="cancelled before it started"))
 
 
@@ -67,6 +71,14 @@ class GaveUp(Exception):
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
         super().__init__(verdict.action)
+
+
+class NotStarted(QueueError):
+    """Inside the pipeline: Redis did not answer, and the container created was not started."""
+
+
+def _refused(refusal: TaskRefused) -> Verdict:
+    return Verdict("final", Outcome(State.FAILED, refusal.reason, str(refusal)))
 
 
 class Pipeline:
@@ -140,7 +152,8 @@ class Pipeline:
         except QueueError as error:
             # Nothing is started without Redis' word. What was created is found by its name.
             log.warning("task.redis_away", task_id=lease.task_id, error=str(error))
-            return Verdict("detach" if self._may_have_container(delivery, lease) else "release", _NOTHING)
+            started = self._may_have_container(delivery, lease) and not isinstance(error, NotStarted)
+            return Verdict("detach" if started else "release", _NOTHING)
         except Exception as error:
             log.exception("task.pipeline_failed", task_id=lease.task_id, attempt=delivery.attempt)
             return judge_mistake(error, delivery, infra_max_attempts=self._infra_max_attempts)
@@ -156,8 +169,7 @@ class Pipeline:
             if admitted is None:
                 return
         except TaskRefused as refusal:
-            outcome = Outcome(State.FAILED, refusal.reason, str(refusal))
-            await self._give_up(delivery, lease, Verdict("final", outcome))
+            await self._give_up(delivery, lease, _refused(refusal))
             return
         try:
             handle = await self._launched(delivery, lease, admitted, slot)
@@ -167,6 +179,8 @@ class Pipeline:
             verdict = judge(outcome, admitted.task, delivery, infra_max_attempts=self._infra_max_attempts)
         except GaveUp as gave_up:
             verdict = gave_up.verdict
+        except TaskRefused as refusal:
+            verdict = _refused(refusal)
         except BackendError as error:
             log.warning(
                 "task.backend_error", task_id=lease.task_id, kind=type(error).__name__, error=str(error)
@@ -213,8 +227,11 @@ class Pipeline:
         slot.release()
         await lease.mark(State.PULLING)
         failpoints.reach("during_pull", lease.task_id)
-        with lease.interruptible():
+        expires = admitted.task.expires_at
+        patience = None if expires is None else max(0.0, expires.timestamp() - time.time())
+        with lease.interruptible(), anyio.move_on_after(patience):
             await self._images.pull(admitted.task)
+        check_expiry(admitted.task)
         self._heed(lease, delivery)
         if not await slot.regain(CONSUMER_WAIT):
             raise GaveUp(Verdict("release", _NOTHING))
@@ -224,7 +241,13 @@ class Pipeline:
 
         async def confirm(handle: Handle) -> None:
             failpoints.reach("after_create", lease.task_id)
-            await lease.mark(State.STARTING, {"container": handle.container_id})
+            if delivery.container not in {"", handle.container_id, *handle.replaces}:
+                # It may have run, and this attempt is started once.
+                raise ContainerGone(f"container {delivery.container[:12]} was removed by somebody else")
+            try:
+                await lease.mark(State.STARTING, {"container": handle.container_id})
+            except QueueError as error:
+                raise error if handle.adopted else NotStarted(str(error)) from error
             if lease.wish is Wish.CANCEL and not handle.adopted:
                 raise GaveUp(_CANCELLED)
             failpoints.reach("before_start", lease.task_id)
@@ -246,8 +269,10 @@ class Pipeline:
         """End here if that is wished, as long as there is no container to care for."""
         if lease.wish is Wish.CANCEL and not delivery.daemon:
             raise GaveUp(_CANCELLED)
+        if lease.wish in {Wish.STOP, Wish.DETACH} and not delivery.daemon:
+            raise GaveUp(Verdict("release", _NOTHING))
         if lease.wish is Wish.DETACH:
-            raise GaveUp(Verdict("detach" if delivery.daemon else "release", _NOTHING))
+            raise GaveUp(Verdict("detach", _NOTHING))
 
     def _attempt(self, delivery: Delivery, lease: Lease, admitted: Admitted) -> Attempt:
         task, grant = admitted.task, admitted.grant
@@ -297,9 +322,11 @@ class Pipeline:
         if ended is None:
             if not cause and lease.wish is Wish.DETACH:
                 raise GaveUp(Verdict("detach", _NOTHING))
-            cause = cause or (CANCEL if lease.wish is Wish.CANCEL else TIMEOUT)
+            cause = cause or (_CAUSES[lease.wish] if lease.wish else TIMEOUT)
             ended = await self._stopped(lease, handle, cause, admitted.task.grace_period)
         self._telemetry.run.record(max(0.0, ended.finished_at - ended.started_at), {"queue": delivery.queue})
+        if cause == DRAIN and ended.exit_code != 0:
+            raise GaveUp(moved_on(ended))
         return of_exit(ended, cause, admitted.grant.timeout)
 
     async def _stopped(self, lease: Lease, handle: Handle, cause: str, grace: float) -> Exit:

@@ -18,6 +18,11 @@ class Slots:
         self._changed = anyio.Event()
 
     @property
+    def free(self) -> int:
+        """Slots that nobody holds or has reserved; below zero after ``overdraw``."""
+        return self._free
+
+    @property
     def used(self) -> int:
         """Slots that tasks hold now."""
         return self.capacity - self._free - self._reserved
@@ -27,7 +32,7 @@ class Slots:
 
         ``settle`` says how many of them tasks hold from then on.
         """
-        while not self._free:
+        while self._free <= 0:
             self._changed = anyio.Event()
             await self._changed.wait()
         self._reserved, self._free = self._free, 0
@@ -38,18 +43,22 @@ class Slots:
         rest, self._reserved = self._reserved - held, 0
         self.release(rest)
 
+    def overdraw(self, n: int) -> None:
+        """Hold ``n`` slots more, also where there are none: for what runs already."""
+        self._free -= n
+
     def release(self, n: int = 1) -> None:
         """Give ``n`` slots back; those who return are served first."""
-        while n and self._returning:
-            self._returning.popleft().set()
-            n -= 1
         self._free += n
-        if self._free:
+        while self._free > 0 and self._returning:
+            self._returning.popleft().set()
+            self._free -= 1
+        if self._free > 0:
             self._changed.set()
 
     async def return_within(self, seconds: float) -> bool:
         """Take one slot ahead of the reader; False if none was free for ``seconds``."""
-        if self._free:
+        if self._free > 0:
             self._free -= 1
             return True
         mine = anyio.Event()

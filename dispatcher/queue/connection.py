@@ -13,16 +13,24 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from random import uniform
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import anyio
 from redis import DriverInfo, exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from dispatcher import __version__
 from dispatcher.errors import ConfigurationError, QueueRefused, QueueUnavailable
+from dispatcher.queue.transport import (
+    MasterConnection,
+    Sentinels,
+    SocketFileConnection,
+    TcpConnection,
+    TlsConnection,
+)
+from dispatcher.redis_url import SENTINEL_SCHEME, parse_sentinel
 
 #: Who we are in CLIENT LIST. Left to itself, redis-py reads its own version from disk for every
 #: new connection, in the middle of the event loop.
@@ -40,46 +48,62 @@ POOL_TIMEOUT = 20.0
 #: Redis before 7 wraps what a script met: "Error running script (…): … -OOM command not allowed …".
 _PASSING = re.compile(
     r"(?:Error running script .* -)?"
-    r"(?:LOADING|BUSY|MISCONF|OOM|READONLY|MASTERDOWN|TRYAGAIN|CLUSTERDOWN|UNBLOCKED|NOREPLICAS)\b"
+    r"(?:LOADING|BUSY|MISCONF|OOM|READONLY|UNBLOCKED|NOREPLICAS)\b"
 )
 
 
 def connect(url: str, *, max_connections: int) -> Redis:
     """A client of its own pool; nothing is sent yet.
 
-    Raises ConfigurationError for a URL that redis-py does not understand.
+    Raises ConfigurationError for a URL that can't be understood.
     """
-    # A TCP connection cut without a word is found by its keep-alive; a socket file has none.
-    keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
+    ours: dict[str, Any] = {
+        "decode_responses": False,
+        "protocol": 2,
+        "retry": Retry(NoBackoff(), 0),
+        "driver_info": _DRIVER,
+    }
     try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            decode_responses=False,
-            protocol=2,
-            socket_timeout=SOCKET_TIMEOUT,
-            socket_connect_timeout=SOCKET_TIMEOUT,
-            max_connections=max_connections,
-            timeout=POOL_TIMEOUT,
-            retry=Retry(NoBackoff(), 0),
-            driver_info=_DRIVER,
-            **keepalive,
+        where = _by_sentinels(url, ours) if url.startswith(f"{SENTINEL_SCHEME}:") else _directly(url)
+        pool = BlockingConnectionPool(
+            **{
+                "socket_timeout": SOCKET_TIMEOUT,
+                "socket_connect_timeout": SOCKET_TIMEOUT,
+                "max_connections": max_connections,
+                "timeout": POOL_TIMEOUT,
+                **ours,
+                **where,
+            }
         )
-        return Redis.from_pool(pool)
     except ValueError as error:
         raise ConfigurationError([f"REDIS_URL: {error}"]) from error
+    return Redis.from_pool(pool)
 
 
-def masked(url: str) -> str:
-    """The URL as it may be shown: without what is or may be a password."""
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    name, colon, _ = user.partition(":")
-    query = "***" if "password" in parts.query.lower() else parts.query
-    # An '@' anywhere else comes from a password with characters that had to be quoted.
-    if "@" in f"{parts.path}{query}{parts.fragment}":
-        return f"{parts.scheme}://***"
-    shown = f"{parts.scheme}://{name}{':***' if colon else ''}{at}{host}{parts.path}"
-    return f"{shown}?{query}" if query else shown
+def _directly(url: str) -> dict[str, Any]:
+    options: dict[str, Any] = {**parse_url(url)}
+    kind = options.get("connection_class")
+    if kind is UnixDomainSocketConnection:
+        return {**options, "connection_class": SocketFileConnection}
+    # A TCP connection cut without a word is found by its keep-alive; a socket file has none.
+    secure = kind is SSLConnection
+    return {
+        "socket_keepalive": True,
+        **options,
+        "connection_class": TlsConnection if secure else TcpConnection,
+    }
+
+
+def _by_sentinels(url: str, ours: Mapping[str, Any]) -> dict[str, Any]:
+    parsed = parse_sentinel(url)
+    return {
+        "connection_class": MasterConnection,
+        "sentinels": Sentinels(parsed, **ours),
+        "socket_keepalive": True,
+        "db": parsed.database,
+        "username": parsed.username,
+        "password": parsed.password,
+    }
 
 
 class Patience:
@@ -113,6 +137,8 @@ def sorted_errors() -> Iterator[None]:
         raise QueueUnavailable(f"Redis does not answer: {error or type(error).__name__}") from error
     except exceptions.ReadOnlyError as error:
         raise QueueUnavailable(f"Redis is a read-only replica: {error}") from error
+    except (exceptions.ClusterDownError, exceptions.TryAgainError) as error:  # MASTERDOWN is one of them
+        raise QueueUnavailable(f"Redis can't serve us now: {error}") from error
     except exceptions.OutOfMemoryError as error:
         raise QueueUnavailable(f"Redis is out of memory: {error}") from error
     except exceptions.RedisError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from dispatcher.model import Outcome
@@ -39,23 +40,59 @@ class Limits:
     results_length: int = 100_000
     max_length: int = 0
     max_bytes: int = 65_536
+    max_deliveries: int = 5
+    infra_max_attempts: int = 10
+    lost_after: float = 300.0
+
+    def document(self) -> str:
+        """As the script ``tick`` reads them: JSON, times in milliseconds."""
+        told = asdict(self)
+        told["retention"] = round(self.retention * 1000)
+        told["lost_after"] = round(self.lost_after * 1000)
+        return json.dumps(told)
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """What a tick told."""
+    """What a tick told, and what it did, in numbers of tasks."""
 
+    #: ``rival``: another living instance has the same name. ``source``: the queues are of the
+    #: other kind (QUEUE_SOURCE). In both cases nothing was done.
+    verdict: Literal["ok", "rival", "source"]
     namespace: str
     #: Redis' clock, milliseconds.
     now_ms: int
     promoted: int
     taken_over: int
+    #: Ended because their ``expires_at`` had passed before anybody could start them.
+    expired: int
+    #: Attempts given up because their daemon has been without an instance for too long.
+    lost: int
+    #: Ended because they had brought too many dispatchers down.
+    poisoned: int
     #: When the next scheduled task may start; None if there is none.
     next_due_ms: int | None
-    #: Whether another living instance has the same name; then nothing was done.
-    rival: bool
+
+    @property
+    def rival(self) -> bool:
+        """Whether another living instance has the same name."""
+        return self.verdict == "rival"
 
 
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What a part of an audit found."""
+
+    #: Whether the round over all open tasks is at its end.
+    done: bool
+    #: Tasks that were nowhere and are back in their queue.
+    put_back: int
+    #: Tasks whose record was gone: lost, by whoever deleted it.
+    vanished: tuple[str, ...]
+
+
+#: Where tasks come from: QUEUE_SOURCE.
+SourceKind = Literal["redis-stream", "redis-list"]
 Action = Literal["final", "retry", "release", "detach"]
 Budget = Literal["app", "infra", "none"]
 Held = Literal["ok", "cancel", "lost"]

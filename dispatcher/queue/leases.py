@@ -33,6 +33,8 @@ class Wish(StrEnum):
 
     #: End it: its owner or an operator does not want it any more.
     CANCEL = "cancel"
+    #: Stop it, to begin anew elsewhere: this instance is leaving, and is not to leave it running.
+    STOP = "stop"
     #: Let go of it: this instance is leaving.
     DETACH = "detach"
 

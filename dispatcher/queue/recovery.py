@@ -1,4 +1,4 @@
-"""The tick: promotes what is due and takes over what lapsed. Any instance does it for all."""
+"""The tick and the audit: what is due, what lapsed, what is nowhere. Any instance does it for all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import anyio
 import structlog
 
 from dispatcher.errors import ConfigurationError, Evicted, QueueError
-from dispatcher.queue.exchange import Limits, Tick, new_task_id
+from dispatcher.queue.exchange import Limits, SourceKind, Tick, new_task_id
 from dispatcher.queue.store import Store
 
 log = structlog.get_logger(__name__)
@@ -20,6 +20,7 @@ TICK_SECONDS = 1.0
 TICKS_PER_LEASE = 4
 #: A tick never comes sooner than this after the last, however near the next due task is.
 MIN_TICK_SECONDS = 0.01
+_OTHER_SOURCE = "the queues hold tasks as another kind of source, or other instances use them so"
 
 
 class Recovery:
@@ -33,19 +34,24 @@ class Recovery:
         incarnation: str,
         lease_seconds: float,
         limits: Limits,
+        source: SourceKind,
         queues: Iterable[str],
+        daemon: Callable[[], str],
         info: Callable[[], str],
         on_promoted: Callable[[], None],
         on_evicted: Callable[[Evicted], None],
     ) -> None:
-        """``info`` gives what others may know of this instance, as JSON; ``on_evicted`` is told
-        when this instance must not go on."""
+        """``daemon`` tells where this instance's containers run, '' while that does not answer;
+        ``info`` what others may know of this instance, as JSON. ``on_evicted`` is told when this
+        instance must not go on."""
         self._store = store
         self._instance = instance
         self._incarnation = incarnation
         self._lease_seconds = lease_seconds
         self._limits = limits
+        self._source = source
         self._queues = tuple(queues)
+        self._daemon = daemon
         self._info = info
         self._on_promoted = on_promoted
         self._on_evicted = on_evicted
@@ -57,7 +63,8 @@ class Recovery:
         """The first tick: makes groups and namespace if there are none.
 
         An instance that had this name and was killed is waited for until its lease is over.
-        Raises ConfigurationError if it goes on living, QueueError.
+        Raises ConfigurationError if it goes on living, or if the queues are of the other kind
+        of source; QueueError.
         """
         tick = await self._tick(self._info())
         wait = self._lease_seconds + TICK_SECONDS
@@ -69,6 +76,8 @@ class Recovery:
                 tick = await self._tick(self._info())
         if tick.rival:
             raise ConfigurationError([f"INSTANCE_ID: another living instance is called {self._instance!r}"])
+        if tick.verdict == "source":
+            raise ConfigurationError([f"QUEUE_SOURCE: {self._source} is not allowed: {_OTHER_SOURCE}"])
         self._namespace = tick.namespace
         self.healthy = True
         return tick
@@ -78,7 +87,7 @@ class Recovery:
         await self._tick("")
 
     async def run(self) -> None:
-        """Tick until cancelled."""
+        """Tick and audit until cancelled."""
         longest = min(TICK_SECONDS, self._lease_seconds / TICKS_PER_LEASE)
         pause = longest
         while True:
@@ -86,6 +95,8 @@ class Recovery:
             pause = uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
             try:
                 tick = await self._tick(self._info())
+                # A server that was away may have come back without its last writes.
+                put_back = await self._audit(in_full=not self.healthy)
             except QueueError as error:
                 if self.healthy:
                     log.warning("redis.away", error=str(error))
@@ -94,16 +105,41 @@ class Recovery:
             if not self.healthy:
                 log.info("redis.back")
             self.healthy = True
-            if tick.rival:
-                self._on_evicted(Evicted(f"another instance took the name {self._instance!r}"))
-            elif tick.namespace != self._namespace:
-                self._on_evicted(Evicted("the queue was emptied and begun anew by others"))
-            if tick.taken_over:
-                log.warning("tasks.taken_over", count=tick.taken_over)
-            if tick.promoted or tick.taken_over:
+            self._tell(tick)
+            if tick.promoted or tick.taken_over or tick.lost or put_back:
                 self._on_promoted()
             if tick.next_due_ms is not None:
                 pause = min(pause, max(MIN_TICK_SECONDS, (tick.next_due_ms - tick.now_ms) / 1000))
+
+    def _tell(self, tick: Tick) -> None:
+        if tick.rival:
+            self._on_evicted(Evicted(f"another instance took the name {self._instance!r}"))
+        elif tick.verdict == "source":
+            self._on_evicted(Evicted(_OTHER_SOURCE))
+        elif tick.namespace != self._namespace:
+            self._on_evicted(Evicted("the queue was emptied and begun anew by others"))
+        if tick.taken_over:
+            log.warning("tasks.taken_over", count=tick.taken_over)
+        if tick.lost:
+            log.warning("tasks.lost_with_their_daemon", count=tick.lost)
+        if tick.poisoned:
+            log.error("tasks.poisoned", count=tick.poisoned)
+        if tick.expired:
+            log.info("tasks.expired", count=tick.expired)
+
+    async def _audit(self, *, in_full: bool) -> int:
+        """Look through a part of the open tasks, or through all; how many were put back."""
+        part = await self._store.audit(self._lease_seconds, restart=in_full)
+        put_back, vanished = part.put_back, list(part.vanished)
+        while in_full and not part.done:
+            part = await self._store.audit(self._lease_seconds)
+            put_back += part.put_back
+            vanished += part.vanished
+        if put_back:
+            log.error("tasks.were_nowhere", put_back=put_back)
+        for task_id in vanished:
+            log.error("task.record_gone", task_id=task_id)
+        return put_back
 
     async def _tick(self, info: str) -> Tick:
         return await self._store.tick(
@@ -114,6 +150,8 @@ class Recovery:
             # Ours, once there is one: a queue that was emptied under us goes on with the names
             # our containers bear, or an attempt could be started again under another.
             namespace=self._namespace or new_task_id(),
+            source=self._source,
+            daemon=self._daemon(),
             limits=self._limits,
             queues=self._queues,
         )

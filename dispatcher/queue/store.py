@@ -24,11 +24,13 @@ from dispatcher.model import Delivery
 from dispatcher.queue.batch import Batch
 from dispatcher.queue.connection import command, connect, sorted_errors
 from dispatcher.queue.exchange import (
+    Audited,
     Held,
     Limits,
     Placed,
     Renewal,
     Settlement,
+    SourceKind,
     Standing,
     Submission,
     Tick,
@@ -42,6 +44,8 @@ from dispatcher.task import DEFAULT_QUEUE, Task
 BATCH_SIZE = 100
 #: Tasks promoted or taken over by one tick.
 TICK_LIMIT = 500
+#: Open tasks that one call of the audit looks at: some milliseconds of Redis' time.
+AUDIT_PAGE = 200
 #: Messages an instance may lag behind, and milliseconds they stay (as in ``cancel.lua``).
 CONTROL_LENGTH = 1_000
 CONTROL_MS = 3_600_000
@@ -197,6 +201,7 @@ class Store:
             task.queue,
             ms(task.delay or 0),
             ms(task.not_before.timestamp() if task.not_before else 0),
+            ms(task.expires_at.timestamp() if task.expires_at else None),
             hashed_key(task.idempotency_key),
         ]
         verdict, task_id = await self._scripts.call("place", args)
@@ -242,25 +247,42 @@ class Store:
         info: str,
         lease: float,
         namespace: str,
+        source: SourceKind,
+        daemon: str,
         limits: Limits,
         queues: Iterable[str],
     ) -> Tick:
-        """Join (or with empty ``info`` leave), promote what is due, take over what lapsed.
+        """Join (or with empty ``info`` leave), promote what is due, take over what lapsed, …
 
-        ``lease`` in seconds; ``namespace`` is used if there is none.
+        ``lease`` in seconds; ``namespace`` is used if there is none; ``daemon`` is where this
+        instance's containers run, '' while that does not answer.
         """
-        args = [instance, incarnation, info, ms(lease), self.group, namespace]
-        args += [str(TICK_LIMIT), ms(lease * FORGET_LEASES)]
-        args += [
-            ms(limits.retention),
-            str(limits.results_length),
-            str(limits.max_length),
-            str(limits.max_bytes),
-        ]
-        args += queues
-        name, now, promoted, taken_over, next_due, rival = await self._scripts.call("tick", args)
-        due = int(next_due) if next_due else None
-        return Tick(name.decode(), now, promoted, taken_over, due, bool(rival))
+        args = [instance, incarnation, info, ms(lease), self.group, namespace, source, daemon]
+        args += [str(TICK_LIMIT), ms(lease * FORGET_LEASES), limits.document(), *queues]
+        verdict, name, now, promoted, taken_over, expired, lost, poisoned, due = await self._scripts.call(
+            "tick", args
+        )
+        return Tick(
+            verdict=verdict.decode(),
+            namespace=name.decode(),
+            now_ms=now,
+            promoted=promoted,
+            taken_over=taken_over,
+            expired=expired,
+            lost=lost,
+            poisoned=poisoned,
+            next_due_ms=int(due) if due else None,
+        )
+
+    async def audit(self, lease: float, *, restart: bool = False) -> Audited:
+        """Look whether some AUDIT_PAGE of the open tasks are where they should be, and put back
+        what is nowhere. The next call goes on where this one ended, whichever instance makes it;
+        with ``restart`` from the beginning, unless somebody else began anew within ``lease`` seconds.
+        """
+        done, put_back, *vanished = await self._scripts.call(
+            "audit", [str(AUDIT_PAGE), ms(lease), str(int(restart))]
+        )
+        return Audited(bool(done), put_back, tuple(task_id.decode() for task_id in vanished))
 
     # --- scripts ----------------------------------------------------------------------
 
@@ -274,6 +296,7 @@ class Store:
                 s.task.queue,
                 ms(s.task.delay or 0),
                 ms(s.task.not_before.timestamp() if s.task.not_before else 0),
+                ms(s.task.expires_at.timestamp() if s.task.expires_at else None),
                 hashed_key(s.task.idempotency_key),
                 s.traceparent,
                 s.tracestate,
@@ -322,7 +345,7 @@ def _held(replies: Iterable[bytes]) -> list[Held]:
 
 def _delivery(raw: list[Any]) -> Delivery:
     (task_id, queue, owner, fence, attempt, document, source_id, oversize, traceparent, tracestate) = raw[:10]
-    (accepted, app, infra, cancel, cause, daemon, fields) = raw[10:]
+    (accepted, app, infra, cancel, cause, daemon, container, fields) = raw[10:]
     pairs = None if fields == b"" else tuple(zip(fields[::2], fields[1::2], strict=True))
     return Delivery(
         task_id=task_id.decode(),
@@ -342,4 +365,5 @@ def _delivery(raw: list[Any]) -> Delivery:
         cancelled=bool(cancel),
         cause=cause.decode(),
         daemon=daemon.decode(),
+        container=container.decode(),
     )

@@ -5,10 +5,12 @@ All of this may be lost without losing a task, so it lives in STATE_REDIS_URL.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+from dispatcher.errors import OutputUnavailable, QueueUnavailable
 from dispatcher.queue.connection import command, connect, read_after, sorted_errors
 from dispatcher.queue.exchange import ms
 from dispatcher.queue.scripts import SOURCES
@@ -55,8 +57,20 @@ class Piece:
     data: bytes
 
 
+@contextmanager
+def _output_errors() -> Iterator[None]:
+    """As ``sorted_errors``, and say that it is only output that is missing."""
+    try:
+        with sorted_errors():
+            yield
+    except QueueUnavailable as error:
+        raise OutputUnavailable(
+            f"the Redis that keeps tasks' output (STATE_REDIS_URL) is away; the tasks go on: {error}"
+        ) from error
+
+
 class Tails:
-    """Log tails and live output."""
+    """Log tails and live output. Every call may raise OutputUnavailable."""
 
     def __init__(
         self,
@@ -79,50 +93,52 @@ class Tails:
         await self._redis.aclose()
 
     async def keep(self, task_id: str, tail: Tail) -> None:
-        """Keep the output of an ended attempt. Raises QueueUnavailable."""
+        """Keep the output of an ended attempt."""
         args: list[str | bytes] = [task_id, tail.data, str(tail.total), str(tail.attempt), tail.asked]
         args += [ms(self._retention), str(self._total_limit)]
-        with sorted_errors():
+        with _output_errors():
             await cast(Awaitable[Any], self._keep(keys=[self._keys.stream], args=args))
 
     async def get(self, task_id: str) -> Tail | None:
-        """What was kept; None if nothing was. Raises QueueUnavailable."""
-        r = await command(self._redis, "HGETALL", self._keys.of(f"tail:{task_id}"))
+        """What was kept; None if nothing was."""
+        r = await self._command("HGETALL", self._keys.of(f"tail:{task_id}"))
         return Tail(r[b"data"], int(r[b"total"]), int(r[b"attempt"]), r[b"asked"].decode()) if r else None
 
     # --- following --------------------------------------------------------------------
 
     async def show_interest(self, task_id: str) -> None:
-        """Say that somebody follows. Raises QueueUnavailable."""
+        """Say that somebody follows."""
         interest = int(INTEREST_SECONDS * 1000)
-        await command(self._redis, "SET", self._keys.of(f"follow:{task_id}"), "1", "PX", interest)
+        await self._command("SET", self._keys.of(f"follow:{task_id}"), "1", "PX", interest)
 
     async def wanted(self, task_id: str) -> bool:
-        """Whether somebody follows. Raises QueueUnavailable."""
-        return bool(await command(self._redis, "EXISTS", self._keys.of(f"follow:{task_id}")))
+        """Whether somebody follows."""
+        return bool(await self._command("EXISTS", self._keys.of(f"follow:{task_id}")))
 
     async def publish(self, task_id: str, attempt: int, offset: int, data: bytes) -> None:
-        """Pass a piece of output on to whoever follows. Raises QueueUnavailable."""
+        """Pass a piece of output on to whoever follows."""
         key = self._live(task_id)
         fields: dict[Any, Any] = {"attempt": attempt, "offset": offset, "data": data}
-        with sorted_errors():
+        with _output_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.xadd(key, fields, maxlen=LIVE_LENGTH)
                 pipe.pexpire(key, int(LIVE_SECONDS * 1000))
                 await pipe.execute()
 
     async def begin_live(self, task_id: str) -> None:
-        """Drop live output of an earlier follower. Raises QueueUnavailable."""
-        await command(self._redis, "DEL", self._live(task_id))
+        """Drop live output of an earlier follower."""
+        await self._command("DEL", self._live(task_id))
 
     async def live(self, task_id: str, after: str) -> AsyncIterator[Piece]:
-        """Pieces after entry ``after`` ('0-0' for all); ends when BLOCK_TIMEOUT brings none.
-
-        Raises QueueUnavailable.
-        """
-        key = self._live(task_id)
-        for _, entry_id, fields in await read_after(self._redis, LIVE_READ, {key: after}):
+        """Pieces after entry ``after`` ('0-0' for all); ends when BLOCK_TIMEOUT brings none."""
+        with _output_errors():
+            pieces = await read_after(self._redis, LIVE_READ, {self._live(task_id): after})
+        for _, entry_id, fields in pieces:
             yield Piece(entry_id, int(fields[b"attempt"]), int(fields[b"offset"]), fields[b"data"])
+
+    async def _command(self, *parts: str | bytes | float) -> Any:
+        with _output_errors():
+            return await command(self._redis, *parts)
 
     def _live(self, task_id: str) -> str:
         return self._keys.of(f"live:{task_id}")

@@ -26,6 +26,7 @@ _LAST_SECOND = 253_402_300_799
 _FIELDS = (
     "state", "queue", "attempt", "reason", "message", "exit_code", "accepted", "started", "finished",
     "due", "instance", "container", "daemon", "traceparent", "cancel", "alias", "takeovers",
+    "retry_of",
 )  # fmt: skip
 
 
@@ -51,6 +52,8 @@ class TaskStatus:
     traceparent: str = ""
     cancel_requested: bool = False
     takeovers: int = 0
+    #: The task whose dead letter was retried as this one; '' for all others.
+    retry_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +80,8 @@ class InstanceInfo:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """One entry of the dead-letter stream."""
-
-    entry_id: str
-    id: str
-    reason: str
-    message: str
-    queue: str
-    attempt: int
-    source_id: str
-    finished_at: str
-    #: The original bytes; None if they were too large to keep.
-    task: bytes | None
-    task_bytes: int
-    task_sha1: str = ""
-
-
 class Views:
-    """Reads tasks, queues, instances and dead letters. Every call may raise QueueUnavailable."""
+    """Reads tasks, queues and instances. Every call may raise QueueUnavailable."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -176,7 +161,7 @@ class Views:
                 rows = await pipe.execute()
         held = await self._members("index:leases")
         # Containers that run on without an instance, until one on their daemon adopts them.
-        for daemon in await command(self._redis, "SMEMBERS", self._keys.of("meta:daemons")):
+        for daemon in await command(self._redis, "ZRANGE", self._keys.of("meta:daemons"), 0, -1):
             held += await self._members(f"inbox:{daemon.decode()}")
         in_flight = [status.queue for status in await self.by_ids(held) if status]
         found = []
@@ -209,11 +194,6 @@ class Views:
             ),
             key=lambda instance: instance.id,
         )
-
-    async def dead(self, *, limit: int = 100) -> list[DeadLetter]:
-        """The newest dead letters first."""
-        entries = await command(self._redis, "XREVRANGE", self._keys.of("dead"), "+", "-", "COUNT", limit)
-        return [_dead_letter(entry_id.decode(), fields) for entry_id, fields in entries]
 
     async def _members(self, index: str) -> list[str]:
         return [i.decode() for i in await command(self._redis, "ZRANGE", self._keys.of(index), 0, -1)]
@@ -280,30 +260,11 @@ def _status(task_id: str, r: dict[str, str]) -> TaskStatus:
         traceparent=r["traceparent"],
         cancel_requested=bool(r["cancel"]),
         takeovers=int(r["takeovers"] or 0),
+        retry_of=r["retry_of"],
     )
 
 
 def _waiting(queue: str, entry: str) -> TaskStatus:
     return TaskStatus(
         f"{queue}.{entry}", State.QUEUED, queue, accepted_at=_time(entry.split("-", maxsplit=1)[0])
-    )
-
-
-def _dead_letter(entry_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
-    def text(name: str) -> str:
-        return fields.get(name.encode(), b"").decode("utf-8", "replace")
-
-    task = fields.get(b"task")
-    return DeadLetter(
-        entry_id=entry_id,
-        id=text("id"),
-        reason=text("reason"),
-        message=text("message"),
-        queue=text("queue"),
-        attempt=int(text("attempt") or 1),
-        source_id=text("source_id"),
-        finished_at=text("finished_at"),
-        task=task,
-        task_bytes=len(task) if task is not None else int(text("task_bytes") or 0),
-        task_sha1=text("task_sha1"),
     )

@@ -13,7 +13,7 @@ import pytest
 
 from dispatcher import __version__
 from dispatcher.cli import main
-from dispatcher.queue.connection import masked
+from dispatcher.redis_url import masked
 from dispatcher.settings import Settings, load
 from tests.cli.program import Program
 

@@ -11,7 +11,7 @@ from redis.crc import key_slot
 
 from dispatcher.errors import QueueUnavailable
 from dispatcher.model import Delivery, Outcome, Reason, State
-from dispatcher.queue.exchange import Action, Budget, Limits, Settlement, Submission, Tick
+from dispatcher.queue.exchange import Action, Budget, Limits, Settlement, SourceKind, Submission, Tick
 from dispatcher.queue.store import Store
 from dispatcher.task import Task
 from tests.support.redis_server import RedisUnderTest
@@ -91,6 +91,8 @@ class QueueUnderTest:
         lease: float = LEASE,
         namespace: str = "0123456789abcdef",
         limits: Limits = LIMITS,
+        source: SourceKind = "redis-stream",
+        daemon: str = "",
         queues: Iterable[str] = tuple(WEIGHTS),
     ) -> Tick:
         return await self.store.tick(
@@ -99,6 +101,8 @@ class QueueUnderTest:
             info="" if leave else json.dumps(info or {"host": instance}),
             lease=lease,
             namespace=namespace,
+            source=source,
+            daemon=daemon,
             limits=limits,
             queues=queues,
         )
@@ -153,10 +157,11 @@ class QueueUnderTest:
 
     # --- time ---------------------------------------------------------------------------
 
-    def lapse(self, *deliveries: Delivery) -> None:
-        """The leases of these have run out."""
+    def lapse(self, *deliveries: Delivery, soon: bool = False) -> None:
+        """The leases of these have run out, ``soon`` after they were taken or long after."""
         for delivery in deliveries:
-            self.ask("ZADD", self.key("index:leases"), "XX", 1, delivery.task_id)
+            if self.ask("ZADD", self.key("index:leases"), "XX", "CH", 1, delivery.task_id) and not soon:
+                self.ask("HSET", self.key(f"task:{delivery.task_id}"), "taken", -(10**12))
 
     def fall_due(self) -> None:
         """All that is scheduled is due now."""

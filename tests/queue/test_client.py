@@ -46,6 +46,8 @@ class Worker:
             info="{}",
             lease=LEASE,
             namespace="n",
+            source="redis-stream",
+            daemon="e",
             limits=LIMITS,
             queues=WEIGHTS,
         )

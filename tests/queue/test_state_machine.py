@@ -29,7 +29,7 @@ from dispatcher.model import Delivery
 from dispatcher.queue.exchange import Action, Limits
 from dispatcher.queue.wire import parse_delivery
 from dispatcher.task import Task
-from tests.queue.conftest import FAILURE, SUCCESS, WEIGHTS, QueueUnderTest
+from tests.queue.conftest import FAILURE, LEASE, SUCCESS, WEIGHTS, QueueUnderTest
 from tests.support.redis_server import RedisUnderTest
 
 T = TypeVar("T")
@@ -64,6 +64,8 @@ arrivals = st.tuples(
     st.sampled_from([False, False, True]),
 )
 Arrival = tuple[str, dict[str, Any], str, bool]
+#: What stands before the name of a place in its key.
+KEYS = {"due": "index:"}
 FAR_FUTURE = 99_999_999_999_999_999
 
 
@@ -362,6 +364,27 @@ class Scripts(RuleBasedStateMachine):
         self.stale += [t.delivery for t in lapsed if t.delivery]
         for task in [*lapsed, *due]:
             self.model.put_back(task)
+
+    @rule(pick=picks)
+    def somebody_deletes_a_key(self, pick: int) -> None:
+        """Whatever waited there and has a record comes back by an audit."""
+        places = [f"{kind}:{name}" for kind in ("stream", "ready", "due") for name in WEIGHTS]
+        places += [f"inbox:{daemon}" for daemon in DAEMONS]
+        place = places[pick % len(places)]
+        kind, _, name = place.partition(":")
+        queue, model = self.queue, self.model
+        queue.redis.delete(queue.stream(name) if kind == "stream" else queue.key(KEYS.get(kind, "") + place))
+        gone = self.model.at(place)
+        unknown = [i for i in gone if kind == "stream" and model.tasks[i].entry and not model.tasks[i].digest]
+        for task_id in unknown:
+            del model.tasks[task_id]
+        while not (audited := self.run(queue.store.audit(LEASE))).done:
+            pass
+        assert (audited.put_back, audited.vanished) == (len(gone) - len(unknown), ())
+        for task_id in set(gone) - set(unknown):
+            if kind == "stream":
+                model.put_back(model.tasks[task_id])
+        self.tick(0, lapse=False, fall_due=False)  # which makes the group again
 
     @rule(pick=picks)
     def cancel(self, pick: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from dispatcher.queue import stream
+from dispatcher.queue import source as source_module
 from dispatcher.queue.store import Store
 from dispatcher.queue.stream import StreamSource
 from tests.queue.conftest import GROUP, LEASE, STREAM, WEIGHTS, QueueUnderTest
@@ -22,7 +22,7 @@ LONG = 600.0
 @pytest.fixture
 def no_polling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a ring ends a wait."""
-    monkeypatch.setattr(stream, "POLL_SECONDS", LONG)
+    monkeypatch.setattr(source_module, "POLL_SECONDS", LONG)
 
 
 def source_of(
@@ -82,7 +82,7 @@ async def test_it_rings_for_what_was_there_before(queue: QueueUnderTest) -> None
 async def test_it_is_looked_for_without_a_ring(
     queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(source_module, "POLL_SECONDS", 0.02)
     with anyio.fail_after(5):
         await source_of(queue.store, queue.server.url).wait()
 
@@ -126,7 +126,7 @@ async def test_entries_that_nobody_here_can_take_make_no_busy_loop(
     queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries, rounds = 50, 5
-    monkeypatch.setattr(stream, "RING_PAUSE", 0.0)
+    monkeypatch.setattr(source_module, "RING_PAUSE", 0.0)
     for _ in range(entries):
         queue.xadd('{"image": "busybox"}')
     queue.ask("XREADGROUP", "GROUP", GROUP, "foreign", "COUNT", entries, "STREAMS", STREAM, ">")
@@ -135,7 +135,7 @@ async def test_entries_that_nobody_here_can_take_make_no_busy_loop(
     async with listening(source):
         await wait_until(lambda: calls(queue, "xread") > entries)
         queue.ask("CONFIG", "RESETSTAT")
-        monkeypatch.setattr(stream, "POLL_SECONDS", 0.2)
+        monkeypatch.setattr(source_module, "POLL_SECONDS", 0.2)
         for _ in range(rounds):
             assert await source.take(5) == []
             await source.wait()
@@ -147,7 +147,7 @@ async def test_entries_that_nobody_here_can_take_make_no_busy_loop(
 async def test_entries_beyond_the_consumers_make_no_busy_loop(
     queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "RING_PAUSE", LONG)
+    monkeypatch.setattr(source_module, "RING_PAUSE", LONG)
     for number in range(50):
         queue.xadd(f'{{"image": "busybox", "user": "{number}"}}')
     source = source_of(queue.store, queue.server.url)

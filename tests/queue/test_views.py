@@ -164,16 +164,3 @@ async def test_instances_tell_of_themselves(queue: QueueUnderTest, views: Views)
     assert b.seen_seconds == pytest.approx(5, abs=2)
     await queue.tick("b", leave=True)
     assert [instance.id for instance in await views.instances()] == ["a"]
-
-
-async def test_dead_letters_are_shown_newest_first_with_their_bytes(
-    queue: QueueUnderTest, views: Views
-) -> None:
-    for document in (b"\xff first", b"x" * 70_000):
-        queue.xadd({"task": document})
-        await queue.finish(await queue.take_one(), "final", POISONED)
-    large, small = await views.dead()
-    assert (small.task, small.task_bytes, small.reason) == (b"\xff first", 7, "invalid")
-    assert (large.task, large.task_bytes, len(large.task_sha1)) == (None, 70_000, 40)
-    assert small.id == f"default.{small.source_id}"
-    assert [letter.id for letter in await views.dead(limit=1)] == [large.id]

@@ -56,7 +56,11 @@ def test_the_defaults_are_the_contracts() -> None:
 
 BAD = [
     ("REDIS_URL", "http://example.com", "redis://"),
-    ("REDIS_URL", "redis+sentinel://a:1/m/0", "not supported yet"),
+    ("REDIS_URL", "redis+sentinel://a:1", "must name the master"),
+    ("REDIS_URL", "redis+sentinel://a:1/m/x", "must read redis+sentinel://"),
+    ("REDIS_URL", "redis+sentinel://a:0/m/0", "each sentinel must read host[:port]"),
+    ("REDIS_URL", "redis+sentinel://a,,b/m/0", "each sentinel must read host[:port]"),
+    ("REDIS_URL", "redis+sentinel://a/m?password=x", "sentinel_username and sentinel_password only"),
     ("REDIS_URL", "redis://example.com:99999", "port"),
     ("REDIS_URL", "redis://[::1", "URL"),
     ("STATE_REDIS_URL", "localhost:6379", "redis://"),
@@ -232,7 +236,10 @@ def test_a_secret_file_that_cannot_be_read_is_told_with_all_else(
         f"redis://user:{SECRET}@example.com:port",
         f"redis://user:{SECRET}@[::1",
         f"redis://user:{SECRET}\N{CARE OF}@example.com",
-        f"redis+sentinel://:{SECRET}@a:1/m/0",
+        f"redis+sentinel://:{SECRET}@a:1",
+        f"redis+sentinel://:{SECRET}@a:port/m/0",
+        f"redis+sentinel://:/{SECRET}@a/m/0",
+        f"redis+sentinel://a/m/0?sentinel_pass={SECRET}",
         SECRET,
     ],
 )

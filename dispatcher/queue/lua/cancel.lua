@@ -10,6 +10,9 @@ local function record_of_entry()
   if not queue or not registered(queue) then
     return false -- the names of other streams of ours are not registered
   end
+  if are_lists() then
+    return false -- an element of a list has no id that its producer could know
+  end
   local found = redis.pcall('XRANGE', stream_of(queue), entry, entry) -- fails for a number past 64 bits
   if found.err or not found[1] then
     return false
@@ -37,7 +40,7 @@ local alias = fields_of(id, 'alias')[1]
 if alias ~= '' then
   id = alias
 end
-local r = fields_of(id, 'state', 'owner', 'queue', 'entry', 'daemon')
+local r = fields_of(id, 'state', 'owner', 'daemon')
 local state, owner = r[1], r[2]
 if state == '' then
   return { 'unknown', '' }
@@ -52,14 +55,9 @@ if owner ~= '' then
   redis.call('PEXPIRE', control, 3600000)
   return { 'requested', state }
 end
-if r[5] ~= '' then
+if r[3] ~= '' then
   return { 'requested', state } -- its container waits in an inbox: whoever adopts it stops it
 end
-if r[4] ~= '' then
-  redis.call('XDEL', stream_of(r[3]), r[4])
-end
-redis.call('ZREM', due_of(r[3]), id)
-redis.call('ZREM', ready_of(r[3]), id)
-close(id, { state = 'cancelled', reason = '', message = 'cancelled before it started', exit_code = '',
-  started = '', finished = '' })
+withdraw(id)
+close(id, { state = 'cancelled', message = 'cancelled before it started' })
 return { 'cancelled', 'cancelled' }

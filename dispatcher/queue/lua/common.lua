@@ -8,7 +8,9 @@ local OPEN = BASE .. 'index:open' -- every task without an end, by time of accep
 local LEASES = BASE .. 'index:leases' -- every task in some instance's hands, by end of lease
 local META = BASE .. 'meta:counters'
 local QUEUES = BASE .. 'meta:queues'
-local DAEMONS = BASE .. 'meta:daemons'
+local DAEMONS = BASE .. 'meta:daemons' -- where tasks may have containers, by when an instance there was seen last
+local EXPIRES = BASE .. 'index:expires' -- tasks that nobody holds and that must have started by then
+local SUSPECTS = BASE .. 'meta:suspects' -- by instance: the task it holds that killed others
 local PAUSED = BASE .. 'meta:paused'
 
 local FAR = 253402300799000 -- the end of year 9999, RFC 3339's last
@@ -85,6 +87,20 @@ local function registered(queue)
   return queue == 'default' or redis.call('SISMEMBER', QUEUES, queue) == 1
 end
 
+-- Whether the queues are lists that others LPUSH to, and not streams. Instances say so.
+local function are_lists()
+  return redis.call('HGET', META, 'source') == 'redis-list'
+end
+
+-- What a list holds for a task with a record: no JSON begins so.
+local function reference(id, token)
+  return '\1' .. token .. ' ' .. id
+end
+
+local function length_of(queue) -- of its stream or list
+  return redis.call(are_lists() and 'LLEN' or 'XLEN', stream_of(queue))
+end
+
 -- When a plain entry came in. Its id is the producer's to choose, and may lie in any future.
 local function accepted_at(entry)
   return int(math.min(tonumber(string.match(entry, '^(%d+)-')), now_ms()))
@@ -95,10 +111,33 @@ local function plausible_trace(traceparent)
   return #traceparent == 55 and traceparent or ''
 end
 
--- Puts a task at the end of its queue's stream. The entry only refers to the record.
+-- Puts a task at the end of its queue. The entry only refers to the record.
 local function append(id, queue)
-  local entry = redis.call('XADD', stream_of(queue), '*', 'ref', id)
+  local entry
+  if are_lists() then
+    entry = int(now_ms()) .. '-' .. int(redis.call('HINCRBY', META, 'fence', 1))
+    redis.call('LPUSH', stream_of(queue), reference(id, entry))
+    redis.call('HINCRBY', META, 'references:' .. queue, 1)
+  else
+    entry = redis.call('XADD', stream_of(queue), '*', 'ref', id)
+  end
   redis.call('HSET', record_key(id), 'state', 'queued', 'entry', entry, 'source', entry)
+end
+
+-- Takes a task that nobody holds out of wherever it waits.
+local function withdraw(id)
+  local r = fields_of(id, 'queue', 'entry', 'daemon')
+  if r[2] ~= '' and are_lists() then
+    local removed = redis.call('LREM', stream_of(r[1]), -1, reference(id, r[2]))
+    redis.call('HINCRBY', META, 'references:' .. r[1], -removed)
+  elseif r[2] ~= '' then
+    redis.call('XDEL', stream_of(r[1]), r[2])
+  end
+  redis.call('ZREM', due_of(r[1]), id)
+  redis.call('ZREM', ready_of(r[1]), id)
+  if r[3] ~= '' then
+    redis.call('ZREM', inbox_of(r[3]), id)
+  end
 end
 
 local function schedule(id, due)
@@ -111,11 +150,12 @@ end
 -- instance on that container's daemon, in the state the container is in.
 local function put_back(id)
   local r = fields_of(id, 'queue', 'accepted', 'daemon', 'state')
+  redis.call('HSET', record_key(id), 'entry', '') -- whatever entry it had is not it any more
   if r[3] ~= '' then
     if r[4] == 'scheduled' then
       redis.call('HSET', record_key(id), 'state', 'queued')
     end
-    redis.call('SADD', DAEMONS, r[3])
+    redis.call('ZADD', DAEMONS, 'NX', int(now_ms()), r[3])
     redis.call('ZADD', inbox_of(r[3]), r[2], id)
   else
     redis.call('HSET', record_key(id), 'state', 'queued')
@@ -129,6 +169,14 @@ local function go_on_without_memory()
   redis.call('ZREM', LEASES, '')
 end
 
+-- Lets a task that nobody holds end when its time to start has passed.
+local function watch_expiry(id)
+  local expires = fields_of(id, 'expires')[1]
+  if expires ~= '' then
+    redis.call('ZADD', EXPIRES, expires, id)
+  end
+end
+
 -- Takes the lease from whoever had it. `settled` lets a caller whose reply was lost ask again.
 local function disown(id, owner)
   redis.call('ZREM', LEASES, id)
@@ -137,24 +185,30 @@ end
 
 -- What instances told of the operator's settings, for whoever runs a script.
 local function limits()
-  local r = redis.call('HMGET', META, 'retention', 'results_length', 'max_length', 'max_bytes')
+  local r = redis.call('HMGET', META, 'retention', 'results_length', 'max_length', 'max_bytes',
+    'max_deliveries', 'infra_max_attempts', 'lost_after')
   return { retention = tonumber(r[1] or 86400000), results_length = r[2] or '100000',
-    max_length = tonumber(r[3] or 0), max_bytes = tonumber(r[4] or 65536) }
+    max_length = tonumber(r[3] or 0), max_bytes = tonumber(r[4] or 65536),
+    max_deliveries = tonumber(r[5] or 5), infra_max_attempts = tonumber(r[6] or 10),
+    lost_after = tonumber(r[7] or 300000) }
 end
 
 -- The one place where a task ends: state, result, dead letter and expiry together.
--- `e` has state, reason, message, exit_code, started, finished and, as a boolean, dead.
+-- `e` has state and message, and where there are any reason, exit_code, started, finished and,
+-- as a boolean, dead.
 local function close(id, e)
   local limit = limits()
   local key = record_key(id)
   local now = now_ms()
   local r = fields_of(id, 'queue', 'attempt', 'traceparent', 'source', 'key', 'doc', 'doc_size', 'doc_sha1')
-  if e.finished == '' then
+  e.reason, e.exit_code, e.started = e.reason or '', e.exit_code or '', e.started or ''
+  if (e.finished or '') == '' then
     e.finished = int(now)
   end
   redis.call('HSET', key, 'state', e.state, 'reason', e.reason, 'message', e.message,
     'exit_code', e.exit_code, 'started', e.started, 'finished', e.finished)
   redis.call('ZREM', OPEN, id)
+  redis.call('ZREM', EXPIRES, id)
   redis.call('XADD', BASE .. 'results', 'MAXLEN', '~', limit.results_length, '*', 'id', id, 'state', e.state,
     'reason', e.reason, 'exit_code', e.exit_code, 'attempt', r[2], 'queue', r[1],
     'started_at', rfc3339(e.started), 'finished_at', rfc3339(e.finished), 'traceparent', r[3])

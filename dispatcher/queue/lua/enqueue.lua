@@ -1,10 +1,10 @@
 -- Accepts tasks. ARGV per task:
---   id, digest, document, queue, delay_ms, not_before_ms, key, traceparent, tracestate.
+--   id, digest, document, queue, delay_ms, not_before_ms, expires_ms, key, traceparent, tracestate.
 -- Returns per task {verdict, id, limit}: new; known (this task stands already); conflict (another
 -- does); full; too_large; unknown_queue. Asking again with the same id is harmless.
 
 local limit = limits()
-local FIELDS = 9
+local FIELDS = 10
 
 local function standing(id, digest)
   local other = redis.call('HGET', record_key(id), 'digest')
@@ -17,7 +17,7 @@ local function standing(id, digest)
   return { 'conflict', id }
 end
 
-local function accept(id, digest, document, queue, delay, not_before, key, traceparent, tracestate)
+local function accept(id, digest, document, queue, delay, not_before, expires, key, traceparent, tracestate)
   if key ~= '' then
     local holder = redis.call('GET', BASE .. 'key:' .. key)
     local verdict = holder and standing(holder, digest)
@@ -35,15 +35,16 @@ local function accept(id, digest, document, queue, delay, not_before, key, trace
   if #document > limit.max_bytes then
     return { 'too_large', id, limit.max_bytes }
   end
-  local waiting = redis.call('XLEN', stream_of(queue)) + redis.call('ZCARD', ready_of(queue))
+  local waiting = length_of(queue) + redis.call('ZCARD', ready_of(queue))
     + redis.call('ZCARD', due_of(queue))
   if limit.max_length > 0 and waiting >= limit.max_length then
     return { 'full', id, limit.max_length }
   end
   local now = now_ms()
   redis.call('HSET', record_key(id), 'doc', document, 'digest', digest, 'queue', queue, 'accepted', int(now),
-    'attempt', '1', 'key', key, 'traceparent', traceparent, 'tracestate', tracestate)
+    'attempt', '1', 'key', key, 'traceparent', traceparent, 'tracestate', tracestate, 'expires', expires)
   redis.call('ZADD', OPEN, int(now), id)
+  watch_expiry(id)
   if key ~= '' then
     redis.call('SET', BASE .. 'key:' .. key, id)
   end

@@ -9,6 +9,7 @@
 local FIELDS = 12
 
 local function come_back(id, delay)
+  watch_expiry(id)
   if delay > 0 then
     schedule(id, now_ms() + delay)
   else

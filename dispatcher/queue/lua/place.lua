@@ -1,12 +1,12 @@
 -- Gives a task that came in by a plain XADD the identity, queue and time it asked for.
 -- ARGV: held id, owner, wanted id ('' keeps the held one), digest, queue, delay_ms,
---   not_before_ms, key.
+--   not_before_ms, expires_ms, key.
 -- Returns {verdict, id}: held (go on under id); moved (it waits elsewhere now); known (the
 --   same task stands already, this one is dropped and its id points there); conflict,
 --   unknown_queue (nothing changed); lost. A repeated call answers the same again.
 
 local held, owner, wanted, digest, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local delay, not_before, key = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
+local delay, not_before, expires, key = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9]
 
 local r = fields_of(held, 'owner', 'queue', 'accepted')
 
@@ -66,7 +66,7 @@ if wanted ~= '' and wanted ~= held then
   redis.call('ZADD', OPEN, r[3], id)
   redis.call('ZREM', OPEN, held)
 end
-redis.call('HSET', record_key(id), 'digest', digest, 'queue', queue, 'key', key)
+redis.call('HSET', record_key(id), 'digest', digest, 'queue', queue, 'key', key, 'expires', expires)
 if key ~= '' then
   redis.call('SET', BASE .. 'key:' .. key, id)
 end
@@ -74,10 +74,12 @@ end
 local due = math.max(not_before, tonumber(r[3]) + delay)
 if due > now_ms() then
   disown(id, owner)
+  watch_expiry(id)
   schedule(id, due)
   return { 'moved', id }
 elseif queue ~= r[2] then
   disown(id, owner)
+  watch_expiry(id)
   append(id, queue)
   return { 'moved', id }
 end

@@ -3,44 +3,69 @@
 -- ARGV: group, instance, incarnation, lease_ms, n, daemon, then queue, weight, …
 -- Order: the daemon's inbox; then the queues by weight. In a queue's turn what came back
 -- (`ready`) goes first, by time of acceptance, and then its stream.
+-- A task that killed its owners is given only to an instance that holds no other such one.
 -- Returns per task {id, queue, owner, fence, attempt, document, source, oversize, traceparent,
---   tracestate, accepted, app_failures, infra_failures, cancel, cause, daemon, fields}; `fields`
---   is the raw entry of a task that nobody has validated yet, else ''.
+--   tracestate, accepted, app_failures, infra_failures, cancel, cause, daemon, container, fields};
+--   `fields` is the raw entry of a task that nobody has validated yet, else ''.
 
 local group, instance, incarnation = ARGV[1], ARGV[2], ARGV[3]
 local lease, wanted, daemon = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local FIRST_QUEUE = 7
 local MAX_TRACESTATE = 512 -- what W3C Trace Context asks everybody to carry
 local MAX_UNPACK = 1000 -- Lua's stack holds less than 8000 values
-local max_bytes = limits().max_bytes
+local SUSPICIOUS = 2 -- owners that a task must have killed until it is kept from others like it
+local max_bytes, lists = limits().max_bytes, are_lists()
 local now = now_ms()
+local ENTRY_FIELDS = { task = true, traceparent = true, tracestate = true }
 local taken = {}
+local set_aside = {} -- suspects that this instance must not take now, to be put back
 go_on_without_memory()
+
+-- Whether this instance holds a suspect.
+local function holds_suspect()
+  local id = redis.call('HGET', SUSPECTS, instance)
+  local r = id and fields_of(id, 'owner', 'instance')
+  return r and r[1] ~= '' and r[2] == instance
+end
 
 local function hold(id)
   local fence = redis.call('HINCRBY', META, 'fence', 1)
   local owner = instance .. '/' .. incarnation .. '/' .. int(fence)
-  redis.call('HSET', record_key(id), 'owner', owner, 'instance', instance, 'fence', int(fence), 'entry', '')
+  redis.call('HSET', record_key(id), 'owner', owner, 'instance', instance, 'fence', int(fence), 'entry', '',
+    'taken', int(now))
   redis.call('ZADD', LEASES, int(now + lease), id)
   return owner, int(fence)
 end
 
-local function give(id, fields, oversize)
+local function give(id, fields)
   local owner, fence = hold(id)
   local r = fields_of(id, 'queue', 'attempt', 'doc', 'source', 'traceparent', 'tracestate', 'accepted',
-    'app', 'infra', 'cancel', 'cause', 'daemon')
-  taken[#taken + 1] = { id, r[1], owner, fence, r[2], fields and '' or r[3], r[4], oversize or 0, r[5], r[6],
-    r[7], r[8], r[9], r[10], r[11], r[12], fields or '' }
+    'app', 'infra', 'cancel', 'cause', 'daemon', 'container', 'oversize', 'digest', 'odd')
+  if not fields and r[15] == '' and r[14] == '' then
+    -- Whoever took this plain entry first died before it was validated.
+    fields = r[16] ~= '' and { r[3], '' } or { 'task', r[3] }
+  end
+  taken[#taken + 1] = { id, r[1], owner, fence, r[2], fields and '' or r[3], r[4], r[14] ~= '' and r[14] or 0,
+    r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], r[13], fields or '' }
 end
 
 -- The first that still wants to be taken; a record that ended or vanished meanwhile is skipped.
 local function take_from(set)
   repeat
-    local id = redis.call('ZPOPMIN', set)[1]
-    local r = id and fields_of(id, 'state', 'owner')
+    local popped = redis.call('ZPOPMIN', set)
+    local id = popped[1]
+    local r = id and fields_of(id, 'state', 'owner', 'deaths')
     if r and r[1] ~= '' and not ENDED[r[1]] and r[2] == '' then
-      give(id)
-      return true
+      local suspicious = tonumber(r[3] ~= '' and r[3] or 0) >= SUSPICIOUS
+      if suspicious and holds_suspect() then
+        set_aside[#set_aside + 1] = { set, popped[2], id }
+      else
+        if suspicious then
+          redis.call('HSET', SUSPECTS, instance, id)
+        end
+        give(id)
+        return true
+      end
     end
   until not id
   return false
@@ -88,7 +113,46 @@ local function share_out(queues, n)
   end
 end
 
+-- What some other reader of the group took and never acknowledged comes first, after a lease.
+local function read_abandoned(q, count)
+  local pending = redis.pcall('XPENDING', stream_of(q.name), group)
+  if pending.err or pending[1] == 0 then
+    return {}
+  end
+  local claimed = redis.call('XAUTOCLAIM', stream_of(q.name), group, instance, int(lease), '0-0', 'COUNT', count)
+  local entries = {}
+  for _, entry in ipairs(claimed[2]) do
+    if entry and entry[2] then -- Redis 6.2 lists what was deleted as well, as nothing
+      entries[#entries + 1] = entry
+    end
+  end
+  return entries
+end
+
+local function read_list(q, count)
+  local entries = {}
+  for _ = 1, count do
+    local element = redis.call('RPOP', stream_of(q.name))
+    if not element then
+      break
+    end
+    local token, id = string.match(element, '^\1(%d+%-%d+) (.*)$')
+    if id then
+      redis.call('HINCRBY', META, 'references:' .. q.name, -1)
+      entries[#entries + 1] = { token, { 'ref', id } }
+    else
+      local entry = int(now) .. '-' .. int(redis.call('HINCRBY', META, 'fence', 1))
+      entries[#entries + 1] = { entry, { 'task', element } }
+    end
+  end
+  return entries
+end
+
 local function read(q, count)
+  local abandoned = read_abandoned(q, count)
+  if #abandoned > 0 then
+    return abandoned, true
+  end
   local command = { 'XREADGROUP', 'GROUP', group, instance, 'COUNT', count, 'STREAMS', stream_of(q.name), '>' }
   local reply = redis.pcall(unpack(command))
   if reply and reply.err then
@@ -104,17 +168,16 @@ end
 -- An entry that a program of any language XADDed becomes a task here; its bytes are kept and
 -- validated right after, by whoever holds it.
 local function adopt_entry(q, entry, fields)
-  local document, traceparent, tracestate, size = nil, '', '', 0
+  local known, size = {}, 0
+  local odd = '' -- whether it is more or less than a task with its trace
   for i = 1, #fields, 2 do
     size = size + #fields[i] + #fields[i + 1]
-    if fields[i] == 'task' then
-      document = fields[i + 1]
-    elseif fields[i] == 'traceparent' then
-      traceparent = fields[i + 1]
-    elseif fields[i] == 'tracestate' then
-      tracestate = fields[i + 1]
+    if known[fields[i]] or not ENTRY_FIELDS[fields[i]] then
+      odd = '1'
     end
+    known[fields[i]] = fields[i + 1]
   end
+  local document, traceparent, tracestate = known.task, known.traceparent or '', known.tracestate or ''
   local id = q.name .. '.' .. entry
   if redis.call('EXISTS', record_key(id)) == 1 then
     id = id .. '.' .. int(redis.call('HINCRBY', META, 'fence', 1)) -- somebody chose this id by hand
@@ -128,7 +191,9 @@ local function adopt_entry(q, entry, fields)
     record[#record + 1] = value
   end
   local oversize = #original > max_bytes and #original or (size > max_bytes + 1024 and size or 0)
+  set('odd', document and odd or '1')
   if oversize > 0 then
+    set('oversize', int(oversize))
     set('doc_size', int(#original))
     set('doc_sha1', redis.sha1hex(original))
     fields, traceparent, tracestate = {}, '', ''
@@ -139,7 +204,7 @@ local function adopt_entry(q, entry, fields)
   set('tracestate', #tracestate <= MAX_TRACESTATE and tracestate or '')
   redis.call('HSET', unpack(record))
   redis.call('ZADD', OPEN, accepted, id)
-  give(id, fields, oversize)
+  give(id, fields)
 end
 
 local function take_entries(q, entries)
@@ -155,10 +220,16 @@ local function take_entries(q, entries)
       adopt_entry(q, id, fields)
     end
   end
-  for first = 1, #ids, MAX_UNPACK do
+  for first = 1, lists and 0 or #ids, MAX_UNPACK do
     local last = math.min(#ids, first + MAX_UNPACK - 1)
     redis.call('XACK', stream_of(q.name), group, unpack(ids, first, last))
     redis.call('XDEL', stream_of(q.name), unpack(ids, first, last))
+  end
+end
+
+local function put_aside_back()
+  for _, suspect in ipairs(set_aside) do
+    redis.call('ZADD', unpack(suspect))
   end
 end
 
@@ -172,7 +243,7 @@ end
 while daemon ~= '' and #taken < wanted and take_from(inbox_of(daemon)) do
 end
 for _, q in ipairs(queues) do
-  q.left = redis.call('ZCARD', ready_of(q.name)) + redis.call('XLEN', stream_of(q.name))
+  q.left = redis.call('ZCARD', ready_of(q.name)) + length_of(q.name)
 end
 local short = true
 while short and #taken < wanted do
@@ -183,15 +254,22 @@ while short and #taken < wanted do
       q.picks = q.picks - 1
     end
     if q.picks > 0 then
-      local entries = read(q, q.picks)
+      local entries, more
+      if lists then
+        entries = read_list(q, q.picks)
+      else
+        entries, more = read(q, q.picks)
+      end
       if entries.err then
+        put_aside_back()
         return entries
       end
-      if #entries < q.picks then
+      if #entries < q.picks and not more then
         q.left, short = 0, true -- another reader has the rest pending: its share is for the others
       end
       take_entries(q, entries)
     end
   end
 end
+put_aside_back()
 return taken

@@ -1,20 +1,25 @@
 -- What any instance does for all, about once a second: joins (group, queues, heartbeat),
--- promotes what is due, takes over what lapsed, forgets instances that are gone.
+-- promotes what is due, ends what expired, takes over what lapsed, gives up what is lost,
+-- forgets instances that are gone.
 -- ARGV: instance, incarnation, info ('' leaves), lease_ms, group, namespace to use if there is
---   none, limit, forget_ms, retention_ms, results_length, max_length, max_bytes, then the queues
---   this instance serves.
--- Returns {namespace, now, promoted, taken_over, next_due ('' if none), rival}; with rival 1 a
---   living instance has the same name, and nothing was done.
+--   none, source, daemon ('' while it does not answer), limit, forget_ms, the operator's limits as
+--   JSON, then the queues this instance serves.
+-- Returns {verdict, namespace, now, promoted, taken_over, expired, lost, poisoned, next_due}, the
+--   last '' if nothing is scheduled. With a verdict other than `ok` nothing was done: `rival`, a
+--   living instance has the same name; `source`, the queues are of the other kind.
 
 local instance, incarnation, info, lease, group = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
-local limit, forget = tonumber(ARGV[7]), tonumber(ARGV[8])
-local FIRST_QUEUE = 13
+local source, daemon, limit, forget = ARGV[7], ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
+local FIRST_QUEUE = 12
 local INSTANCES = BASE .. 'meta:instances'
 local INCARNATIONS = BASE .. 'meta:incarnations'
 local SEEN = BASE .. 'meta:seen'
 local now = now_ms()
 
 local function ensure_group(queue)
+  if source ~= 'redis-stream' then
+    return
+  end
   local reply = redis.pcall('XGROUP', 'CREATE', stream_of(queue), group, '0', 'MKSTREAM')
   if reply.err and not string.find(reply.err, 'BUSYGROUP', 1, true) then
     error(reply.err)
@@ -31,6 +36,7 @@ local function forget_instance(name)
   end
   redis.call('HDEL', INSTANCES, name)
   redis.call('HDEL', INCARNATIONS, name)
+  redis.call('HDEL', SUSPECTS, name)
   redis.call('ZREM', SEEN, name)
   redis.call('DEL', BASE .. 'control:' .. name)
 end
@@ -44,9 +50,12 @@ local function continuous()
     for _, id in ipairs(redis.call('ZRANGE', LEASES, 0, -1)) do
       redis.call('ZADD', LEASES, int(now + lease), id)
     end
-    redis.call('HSET', META, 'calm_until', int(now + lease))
-  elseif now - last > lease / 2 then
-    redis.call('HSET', META, 'calm_until', int(now + lease))
+    for _, name in ipairs(redis.call('ZRANGE', DAEMONS, 0, -1)) do
+      redis.call('ZADD', DAEMONS, int(now), name)
+    end
+  end
+  if now < last or now - last > lease / 2 then
+    redis.call('HSET', META, 'calm_until', int(now + lease), 'gap_ended', int(now))
   end
   local calm_until = tonumber(redis.call('HGET', META, 'calm_until') or 0)
   return now >= calm_until or calm_until > now + lease
@@ -63,19 +72,107 @@ local function promote(queue)
   return #due
 end
 
-local function take_over()
-  local lapsed = redis.call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, limit)
-  for _, id in ipairs(lapsed) do
-    local owner = fields_of(id, 'owner')[1]
-    if owner ~= '' then
-      disown(id, '')
-      redis.call('HINCRBY', record_key(id), 'takeovers', 1)
-      put_back(id)
-    else
-      redis.call('ZREM', LEASES, id) -- somebody deleted its record
+-- Ends what nobody has started in time. What is held, or may have a container, is its holder's
+-- affair, and is watched again when it comes back.
+local function expire()
+  local expired = 0
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRES, '-inf', int(now), 'LIMIT', 0, limit)) do
+    redis.call('ZREM', EXPIRES, id)
+    local r = fields_of(id, 'state', 'owner', 'daemon', 'expires')
+    if r[1] ~= '' and not ENDED[r[1]] and r[2] == '' and r[3] == '' then
+      withdraw(id)
+      close(id, { state = 'failed', reason = 'expired', message = 'expires_at ' .. rfc3339(r[4]) .. ' has passed' })
+      expired = expired + 1
     end
   end
-  return #lapsed
+  return expired
+end
+
+-- Counts owners that fell silent soon after they had taken a task; one that was held for long
+-- before is no suspect. Returns whether it is over the operator's limit.
+local function is_poison(id, lease_end, taken)
+  local died = tonumber(lease_end) - lease -- when its owner renewed for the last time
+  local deaths = 0
+  if died - tonumber(taken ~= '' and taken or 0) < 2 * lease then
+    deaths = redis.call('HINCRBY', record_key(id), 'deaths', 1)
+  else
+    redis.call('HSET', record_key(id), 'deaths', '0')
+  end
+  return deaths >= limits().max_deliveries
+end
+
+local function take_over()
+  local lapsed = redis.call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'WITHSCORES', 'LIMIT', 0, limit)
+  local poisoned = 0
+  for i = 1, #lapsed, 2 do
+    local id = lapsed[i]
+    local r = fields_of(id, 'owner', 'taken', 'cancel')
+    if r[1] == '' then
+      redis.call('ZREM', LEASES, id) -- somebody deleted its record
+    else
+      disown(id, '')
+      redis.call('HINCRBY', record_key(id), 'takeovers', 1)
+      if is_poison(id, lapsed[i + 1], r[2]) then
+        -- A container it may have is removed by the reconciler on its daemon.
+        local message = 'its dispatcher died ' .. limits().max_deliveries .. ' times soon after taking it'
+        if r[3] ~= '' then
+          close(id, { state = 'cancelled', message = 'cancelled; ' .. message })
+        else
+          close(id, { state = 'failed', reason = 'poison', message = message, dead = true })
+        end
+        poisoned = poisoned + 1
+      else
+        watch_expiry(id)
+        put_back(id)
+      end
+    end
+  end
+  return #lapsed / 2, poisoned
+end
+
+-- Gives up the attempts whose containers nobody can see any more: no instance has been on
+-- their daemon for as long as the operator allows.
+local function lose(id, absence, limit_of_infra)
+  local r = fields_of(id, 'state', 'owner', 'cancel', 'infra', 'daemon', 'started')
+  if r[1] == '' or ENDED[r[1]] or r[2] ~= '' then
+    return 0
+  end
+  local message = 'no instance has been on its daemon ' .. r[5] .. ' for ' .. int(absence / 1000) .. ' s'
+  redis.call('HDEL', record_key(id), 'daemon', 'container', 'cause')
+  if r[3] ~= '' then
+    close(id, { state = 'cancelled', started = r[6], message = 'cancelled; ' .. message })
+  elseif tonumber(r[4] ~= '' and r[4] or 0) + 1 < limit_of_infra then
+    redis.call('HINCRBY', record_key(id), 'infra', 1)
+    redis.call('HINCRBY', record_key(id), 'attempt', 1)
+    redis.call('HSET', record_key(id), 'reason', 'lost', 'message', message, 'exit_code', '')
+    watch_expiry(id)
+    put_back(id)
+  else
+    close(id, { state = 'failed', reason = 'lost', started = r[6], message = message, dead = true })
+  end
+  return 1
+end
+
+local function give_up_lost()
+  local limit_of = limits()
+  local lost = 0
+  -- Absence is counted from when it could be noticed: not while nothing ran at all.
+  local gap_ended = tonumber(redis.call('HGET', META, 'gap_ended') or 0)
+  if now - gap_ended < limit_of.lost_after then
+    return 0
+  end
+  local before = int(now - limit_of.lost_after)
+  local absent = redis.call('ZRANGEBYSCORE', DAEMONS, '-inf', before, 'WITHSCORES', 'LIMIT', 0, limit)
+  for i = 1, #absent, 2 do
+    for _, id in ipairs(redis.call('ZRANGE', inbox_of(absent[i]), 0, limit - 1)) do
+      redis.call('ZREM', inbox_of(absent[i]), id)
+      lost = lost + lose(id, now - absent[i + 1], limit_of.infra_max_attempts)
+    end
+    if redis.call('EXISTS', inbox_of(absent[i])) == 0 then
+      redis.call('ZREM', DAEMONS, absent[i])
+    end
+  end
+  return lost
 end
 
 -- Two of one name would read each other's messages and speak for each other's tasks.
@@ -86,27 +183,76 @@ local function rival()
   return other and other ~= incarnation and math.abs(now - seen) < lease
 end
 
-go_on_without_memory()
-redis.call('HSETNX', META, 'namespace', ARGV[6])
-if rival() then
-  return { redis.call('HGET', META, 'namespace'), now, 0, 0, '', 1 }
-elseif info == '' then
-  forget_instance(instance)
-else
+-- Makes the queues lists or streams, as this instance is told; false if they hold tasks as
+-- something else, or others live by that.
+local function agree_on_source()
+  if redis.call('HGET', META, 'source') == source then
+    return true
+  end
+  if redis.call('HEXISTS', META, 'source') == 1
+    and redis.call('ZCOUNT', SEEN, '(' .. int(now - lease), '+inf') > 0 then
+    return false
+  end
+  local type_of = source == 'redis-list' and 'list' or 'stream'
+  for pass = 1, 2 do -- nothing is changed unless all can be
+    for i = FIRST_QUEUE, #ARGV do
+      local key = stream_of(ARGV[i])
+      local found = redis.call('TYPE', key).ok
+      if found == 'stream' and type_of == 'list' then
+        if pass == 2 then
+          redis.call('DEL', key)
+        elseif redis.call('XLEN', key) > 0 then
+          return false
+        end
+      elseif found ~= 'none' and found ~= type_of then
+        return false
+      end
+    end
+  end
+  redis.call('HSET', META, 'source', source)
+  return true
+end
+
+local function join()
   for i = FIRST_QUEUE, #ARGV do
     redis.call('SADD', QUEUES, ARGV[i])
     ensure_group(ARGV[i])
   end
-  redis.call('HSET', META, 'retention', ARGV[9], 'results_length', ARGV[10], 'max_length', ARGV[11],
-    'max_bytes', ARGV[12])
+  for name, value in pairs(cjson.decode(ARGV[11])) do
+    redis.call('HSET', META, name, int(value))
+  end
   redis.call('HSET', INSTANCES, instance, info)
   redis.call('HSET', INCARNATIONS, instance, incarnation)
   redis.call('ZADD', SEEN, int(now), instance)
+  if daemon ~= '' then
+    redis.call('ZADD', DAEMONS, int(now), daemon)
+  end
+end
+
+local function refusal(verdict)
+  return { verdict, redis.call('HGET', META, 'namespace'), now, 0, 0, 0, 0, 0, '' }
+end
+
+go_on_without_memory()
+redis.call('HSETNX', META, 'namespace', ARGV[6])
+if rival() then
+  return refusal('rival')
+elseif info == '' then
+  forget_instance(instance)
+elseif not agree_on_source() then
+  return refusal('source')
+else
+  join()
 end
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', SEEN, '-inf', int(now - forget), 'LIMIT', 0, limit)) do
   forget_instance(name)
 end
-local taken_over = continuous() and take_over() or 0
+local taken_over, poisoned, lost = 0, 0, 0
+if continuous() then
+  taken_over, poisoned = take_over()
+  lost = give_up_lost()
+end
+local expired = expire()
 local promoted, next_due = 0, ''
 for _, queue in ipairs(all_queues()) do
   promoted = promoted + promote(queue)
@@ -115,4 +261,4 @@ for _, queue in ipairs(all_queues()) do
     next_due = int(first)
   end
 end
-return { redis.call('HGET', META, 'namespace'), now, promoted, taken_over, next_due, 0 }
+return { 'ok', redis.call('HGET', META, 'namespace'), now, promoted, taken_over, expired, lost, poisoned, next_due }

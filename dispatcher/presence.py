@@ -1,0 +1,113 @@
+"""What others may know of one instance: its entry in ``instances`` and its gauges."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Sequence
+
+from dispatcher import __version__
+from dispatcher.dispatch.images import ImageGovernor
+from dispatcher.dispatch.slots import Slots
+from dispatcher.model import Health
+from dispatcher.queue.leases import LeaseKeeper
+from dispatcher.queue.views import QueueInfo
+from dispatcher.settings import Settings
+from dispatcher.telemetry import Reading, Telemetry
+
+_STATES = ("queued", "pulling", "starting", "running")
+
+
+class Presence:
+    """Collects it from the parts; what changes outside of them is assigned."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        backend: str,
+        *,
+        slots: Slots,
+        keeper: LeaseKeeper,
+        images: ImageGovernor,
+        telemetry: Telemetry,
+    ) -> None:
+        """Registers the gauges with ``telemetry``."""
+        self._settings = settings
+        self._backend = backend
+        self._slots = slots
+        self._keeper = keeper
+        self._images = images
+        self._born = time.time()
+        self.lifecycle = ""
+        self.health = Health(ok=False)
+        #: The queues as they were seen last.
+        self.queues: Sequence[QueueInfo] = ()
+        #: Running containers that no task is known for.
+        self.leaked = 0
+        self._register(telemetry)
+
+    def document(self) -> str:
+        """The entry in ``instances``, as JSON."""
+        pulls = [
+            {
+                "image": pull.image,
+                "active": pull.active,
+                "waiters": pull.waiters,
+                "bytes_done": pull.progress.bytes_done,
+                "bytes_total": pull.progress.bytes_total,
+            }
+            for pull in self._images.pulls
+        ]
+        return json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "version": __version__,
+                "backend": self._backend,
+                "daemon": self.health.daemon,
+                "state": self.lifecycle,
+                "consumers": self._slots.capacity,
+                "busy": self._slots.used,
+                "held": len(self._keeper.held),
+                "waiting_for_images": self._images.waiting,
+                "leaked_containers": self.leaked,
+                "pulls": pulls,
+                "queues": self._settings.queues,
+                "started_at": self._born,
+            }
+        )
+
+    def _in_flight(self) -> Iterable[Reading]:
+        states = [str(lease.state) for lease in self._keeper.held.values()]
+        return [({"state": state}, states.count(state)) for state in _STATES]
+
+    def _register(self, telemetry: Telemetry) -> None:
+        gauge, images = telemetry.gauge, self._images
+        gauge("dispatcher_tasks_in_flight", "Tasks in this instance's hands, by state.", self._in_flight)
+        gauge("dispatcher_consumers", "Consumers of this instance.", lambda: [({}, self._slots.capacity)])
+        gauge("dispatcher_consumers_busy", "Consumers that hold a task.", lambda: [({}, self._slots.used)])
+        gauge(
+            "dispatcher_queue_depth",
+            "Tasks that wait, as this instance saw it last.",
+            lambda: [({"queue": q.name}, q.depth) for q in self.queues],
+        )
+        gauge(
+            "dispatcher_queue_oldest_seconds",
+            "Age of the task that waits longest.",
+            lambda: [({"queue": q.name}, q.oldest_seconds or 0.0) for q in self.queues],
+        )
+        gauge(
+            "dispatcher_image_pulls_in_flight",
+            "Image pulls under way.",
+            lambda: [({}, sum(pull.active for pull in images.pulls))],
+        )
+        gauge(
+            "dispatcher_image_pull_waiters", "Tasks that wait for an image.", lambda: [({}, images.waiting)]
+        )
+        gauge(
+            "dispatcher_containers_leaked",
+            "Running containers of this system on this daemon that no task is known for.",
+            lambda: [({}, self.leaked)],
+        )

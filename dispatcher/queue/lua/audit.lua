@@ -1,0 +1,96 @@
+-- Looks whether every open task is somewhere: in a lease, a queue, a list of ours. What is in
+-- none is put back, as after somebody deleted a stream, or a server lost its last writes.
+-- The cursor is common to all instances, so that they share the work.
+-- ARGV: tasks to look at, lease_ms, restart ('1' begins anew unless somebody did within a lease).
+-- Returns {done, put_back, ids…}: done is 1 when the round is at its end; put_back of the tasks were
+--   put back; the ids are those that had no record any more, and are lost.
+
+local count, lease, restart = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
+local now = now_ms()
+local cursor = redis.call('HGET', META, 'audit_cursor') or '0'
+go_on_without_memory()
+
+if restart then
+  local before = tonumber(redis.call('HGET', META, 'audit_restarted') or 0)
+  if math.abs(now - before) < lease then
+    return { 1, 0 }
+  end
+  redis.call('HSET', META, 'audit_restarted', int(now))
+  cursor = '0'
+end
+
+-- A list can't be asked for one element: only that fewer are there than were put in tells that
+-- some are gone, and then those that are left are looked through.
+local present = {}
+local function elements_of(queue)
+  if not present[queue] then
+    local found = {}
+    local length = redis.call('LLEN', stream_of(queue))
+    local references = tonumber(redis.call('HGET', META, 'references:' .. queue) or 0)
+    if length < references then
+      references = 0
+      for first = 0, length - 1, 10000 do
+        for _, element in ipairs(redis.call('LRANGE', stream_of(queue), first, first + 9999)) do
+          found[element] = true
+          references = references + (string.sub(element, 1, 1) == '\1' and 1 or 0)
+        end
+      end
+      present[queue] = found
+    else
+      present[queue] = false
+    end
+  end
+  return present[queue]
+end
+
+local function in_queue(id, queue, entry)
+  if entry == '' then
+    return false
+  elseif are_lists() then
+    local elements = elements_of(queue)
+    return not elements or elements[reference(id, entry)] or false
+  end
+  return #redis.call('XRANGE', stream_of(queue), entry, entry) > 0
+end
+
+local function waits(id, r)
+  if r.state == 'scheduled' then
+    return redis.call('ZSCORE', due_of(r.queue), id)
+  elseif r.daemon ~= '' then
+    return redis.call('ZSCORE', inbox_of(r.daemon), id)
+  end
+  return redis.call('ZSCORE', ready_of(r.queue), id) or in_queue(id, r.queue, r.entry)
+end
+
+local put_back_count = 0
+local vanished = {}
+local page = redis.call('ZSCAN', OPEN, cursor, 'COUNT', count)
+for i = 1, #page[2], 2 do
+  local id = page[2][i]
+  local f = fields_of(id, 'state', 'owner', 'queue', 'daemon', 'entry', 'due')
+  local r = { state = f[1], owner = f[2], queue = f[3], daemon = f[4], entry = f[5] }
+  if r.state == '' then
+    redis.call('ZREM', OPEN, id)
+    redis.call('ZREM', EXPIRES, id)
+    redis.call('ZREM', LEASES, id)
+    vanished[#vanished + 1] = id
+  elseif ENDED[r.state] then
+    redis.call('ZREM', OPEN, id)
+  elseif r.owner ~= '' then
+    if not redis.call('ZSCORE', LEASES, id) then
+      redis.call('ZADD', LEASES, int(now + lease), id) -- its owner renews it, or it lapses
+    end
+  elseif not waits(id, r) then
+    put_back_count = put_back_count + 1
+    if r.state == 'scheduled' then
+      schedule(id, tonumber(f[6]) or now)
+    else
+      if r.entry ~= '' and are_lists() then
+        redis.call('HINCRBY', META, 'references:' .. r.queue, -1)
+      end
+      put_back(id)
+    end
+  end
+end
+redis.call('HSET', META, 'audit_cursor', page[1])
+return { page[1] == '0' and 1 or 0, put_back_count, unpack(vanished) }
