@@ -11,13 +11,10 @@ import redis
 from dispatcher.client import Client, DispatcherError, Handle, Task
 from tests.chaos.truth import stream_of
 
-#: How a task may end if nothing is known of it.
-ANY: frozenset[str] = frozenset()
-
 
 @dataclass(frozen=True)
 class Order:
-    """A task with the ways in which it may end (see ``Result.ending``); ANY stands for all."""
+    """A task with the ways in which it may end (see ``Result.ending``); none named: any."""
 
     task: Task
     endings: frozenset[str] = frozenset({"succeeded"})

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from tests.chaos.truth import Launch, Result
 
 #: Whether containers or process directories that stay behind break the invariant.
-STRICT_LEFTOVERS = False
+STRICT_LEFTOVERS = True
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.checker import Findings, check
-from tests.chaos.faults import Fault, catalogue
+from tests.chaos.faults import catalogue
 from tests.chaos.ground import Ground
 from tests.chaos.producer import Mix, Producer
+from tests.chaos.scene import Fault
 from tests.chaos.storm import Mark, Storm
 from tests.chaos.vitals import Range, Vitals
 from tests.chaos.world import World

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from tests.chaos.faults import Fault, NotInflicted, Scene
 from tests.chaos.member import Member
 from tests.chaos.producer import Mix
+from tests.chaos.scene import Fault, NotInflicted, Scene
 from tests.chaos.world import AWAY, World
 
 #: Faults under way at once: more would leave no dispatcher to recover anything.

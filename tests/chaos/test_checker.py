@@ -74,7 +74,7 @@ def test_a_world_that_was_tampered_with_is_found_out(tmp_path: Path) -> None:
         twice, unanswered, wrong = world.submit("exit 0"), world.submit("exit 0"), world.submit("exit 1")
         assert not world.settled()
         honest = world.truth()
-        assert set(check(honest).broken()) == {"wrong"}
+        assert set(check(honest).broken(strict_leftovers=False)) == {"wrong"}
         assert set(honest.starts) == {(task_id, 1) for task_id in (*fine, twice, unanswered, wrong)}
         # What is in nobody's hands yet and deleted from Redis is gone for good.
         member.stop()

@@ -155,7 +155,7 @@ class World(contextlib.ExitStack):
                     return missing
                 time.sleep(LOOK)
 
-    def cleared(self, timeout: float = 3.0 * GRACE) -> list[str]:
+    def cleared(self, timeout: float = 6.0 * GRACE) -> list[str]:
         """Wait until nothing is left behind; what still is."""
         deadline = time.monotonic() + timeout
         with self.server.client() as client:

@@ -30,6 +30,7 @@ def died(program: Program, document: str) -> str:
     return task_id
 
 
+@pytest.mark.timeout(180)  # some twenty processes
 def test_dead_letters_are_retried_and_dropped(alone: Program) -> None:
     with alone.client() as client:
         first = client.submit(Task(image="x", command=["true"], network="nowhere")).id

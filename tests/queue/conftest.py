@@ -29,8 +29,9 @@ POISONED = Outcome(State.FAILED, Reason.INVALID, "image: not a reference")
 class QueueUnderTest:
     """The store, and a plain client beside it that looks at the keys and breaks them."""
 
-    def __init__(self, server: RedisUnderTest) -> None:
+    def __init__(self, server: RedisUnderTest, source: SourceKind = "redis-stream") -> None:
         self.server = server
+        self.source: SourceKind = source
         #: Typed for every protocol and decoding at once, its own types would tell nothing.
         self.redis: Any = server.client()
         self.store = Store(server.url, STREAM)
@@ -73,7 +74,7 @@ class QueueUnderTest:
         return {task_id: due for key in keys for task_id, due in self.members(key).items()}
 
     def length(self, queue: str = "default") -> int:
-        return int(self.ask("XLEN", self.stream(queue)))
+        return int(self.ask("XLEN" if self.source == "redis-stream" else "LLEN", self.stream(queue)))
 
     def now_ms(self) -> int:
         seconds, micros = self.redis.time()
@@ -91,7 +92,7 @@ class QueueUnderTest:
         lease: float = LEASE,
         namespace: str = "0123456789abcdef",
         limits: Limits = LIMITS,
-        source: SourceKind = "redis-stream",
+        source: SourceKind | None = None,
         daemon: str = "",
         queues: Iterable[str] = tuple(WEIGHTS),
     ) -> Tick:
@@ -101,7 +102,7 @@ class QueueUnderTest:
             info="" if leave else json.dumps(info or {"host": instance}),
             lease=lease,
             namespace=namespace,
-            source=source,
+            source=source or self.source,
             daemon=daemon,
             limits=limits,
             queues=queues,
@@ -213,7 +214,7 @@ class QueueUnderTest:
             kind = name.split(":")[0]
             expires = int(self.ask("PTTL", raw)) > 0
             if name == STREAM or kind in WEIGHTS:
-                if self.ask("XLEN", raw):
+                if self.redis.type(raw) == b"list" or self.ask("XLEN", raw):
                     left.append(name)
             elif kind in {"task", "key", "control", "tail", "live", "follow"}:
                 if not expires:
@@ -231,10 +232,19 @@ class QueueUnderTest:
         self.redis.close()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What holds of the queue holds of both sources, unless a test is about one of them."""
+    if "queue" in metafunc.fixturenames:
+        one = metafunc.definition.get_closest_marker("source")
+        metafunc.parametrize("queue", one.args if one else ["redis-stream", "redis-list"], indirect=True)
+
+
 @pytest.fixture
-async def queue(redis_server: RedisUnderTest) -> AsyncIterator[QueueUnderTest]:
+async def queue(
+    redis_server: RedisUnderTest, request: pytest.FixtureRequest
+) -> AsyncIterator[QueueUnderTest]:
     """A queue that one instance, ``a``, has joined."""
-    queue = QueueUnderTest(redis_server)
+    queue = QueueUnderTest(redis_server, request.param)
     await queue.tick()
     try:
         yield queue

@@ -17,6 +17,11 @@ from dispatcher.queue.connection import sorted_errors
         (exceptions.BusyLoadingError("loading"), QueueUnavailable),
         (exceptions.ReadOnlyError("replica"), QueueUnavailable),
         (exceptions.OutOfMemoryError("full"), QueueUnavailable),
+        # redis-py takes the word they begin with off their text.
+        (exceptions.MasterDownError("Link with MASTER is down"), QueueUnavailable),
+        (exceptions.ClusterDownError("The cluster is down"), QueueUnavailable),
+        (exceptions.TryAgainError("Multiple keys request during rehashing"), QueueUnavailable),
+        (exceptions.ResponseError("UNBLOCKED force unblock from blocking operation"), QueueUnavailable),
         (exceptions.ResponseError("LOADING Redis is loading"), QueueUnavailable),
         (exceptions.ResponseError("Error running script (f): @user: -OOM command not"), QueueUnavailable),
         (OSError("no route"), QueueUnavailable),

@@ -118,6 +118,18 @@ class OwnEngine:
         finally:
             self._process.send_signal(signal.SIGCONT)
 
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """The disk with its data has no byte left while the context lasts; see ``own_engine``."""
+        filler = self.home / "data" / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(65_536))
+        try:
+            yield
+        finally:
+            filler.unlink()
+
     def starts(self) -> Counter[str]:
         """How often each container was started, by the engine's own account, in all its lives.
 
