@@ -20,7 +20,7 @@ SEED = int(os.environ.get("CHAOS_SEED") or secrets.randbelow(10**6))
 
 @pytest.mark.timeout(300)
 def test_nothing_is_lost_or_started_twice(tmp_path: Path) -> None:
-    parameters = Parameters(SEED, seconds=30, backlog=40, pace=1.0, faults=25)
+    parameters = Parameters(SEED, seconds=30, backlog=40, pace=0.8, faults=25)
     result = play(ProcessGround(tmp_path), tmp_path, parameters)
     assert not result.problems, f"seed {SEED}: {result.problems}"
     assert result.marks, result.missed

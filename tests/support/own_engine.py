@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -122,12 +123,25 @@ class OwnEngine:
     def full(self) -> Iterator[None]:
         """The disk with its data has no byte left while the context lasts; see ``own_engine``."""
         filler = self.home / "data" / "filler"
-        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(65_536))
+        begun, over = threading.Event(), threading.Event()
+
+        def fill() -> None:
+            # Again and again: what ends meanwhile leaves some room.
+            with filler.open("wb", buffering=0) as file:
+                while not over.wait(0.02):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(bytes(65_536))
+                    begun.set()
+
+        thread = threading.Thread(target=fill, name="fill the disk")
+        thread.start()
         try:
+            begun.wait(START_TIMEOUT)
             yield
         finally:
+            over.set()
+            thread.join()
             filler.unlink()
 
     def starts(self) -> Counter[str]:
