@@ -11,7 +11,7 @@ CHAOS_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo dev check format test test-redis-matrix chaos image clean
+.PHONY: help venv demo dev check format test test-redis-matrix chaos chaos-flat image clean
 
 help: ## List what make can do here
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-redis-matrix: venv ## Run the queue's tests on Redis 6.2, 8, the system's a
 # written anew from all slices. CHAOS_ARGS="--help" tells what can be chosen.
 chaos: venv ## Kill, stop and cut what can be, for up to 20 minutes, and count what was lost
 	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
+
+chaos-flat: venv ## See whether memory and descriptors stay flat over 100,000 tasks
+	$(BIN)/python -m tests.chaos.flat $(CHAOS_ARGS)
 
 image: ## Build the container image, named by IMAGE
 	docker build --file docker/Dockerfile --tag $(IMAGE) .

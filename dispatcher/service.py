@@ -26,6 +26,7 @@ from dispatcher.queue.exchange import Limits
 from dispatcher.queue.leases import LeaseKeeper, Wish
 from dispatcher.queue.list import ListSource
 from dispatcher.queue.recovery import Recovery
+from dispatcher.queue.safety import warn_of_unsafe_settings
 from dispatcher.queue.source import Source
 from dispatcher.queue.store import Store
 from dispatcher.queue.stream import StreamSource
@@ -140,6 +141,7 @@ class Dispatcher:
                 if not self.health.ok:
                     raise BackendUnreachable(self.health.detail)
                 namespace = (await self.recovery.join()).namespace
+                await warn_of_unsafe_settings(self.store.redis)
                 self._build(namespace)
                 await parts.start(self.images.run, name="images")
                 await parts.start(self.logs.run, name="logs")

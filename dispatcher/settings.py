@@ -154,8 +154,7 @@ class Settings(BaseSettings):
     drain_timeout: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     """Seconds given to running tasks at SIGTERM, before DRAIN_MODE applies."""
     drain_mode: Literal["wait", "detach", "stop"] = "wait"
-    """wait: wait for DRAIN_TIMEOUT, then leave containers running, to be adopted. detach: leave them at
-    once. stop: wait for DRAIN_TIMEOUT, then stop them and put their tasks back."""
+    """What becomes of running tasks then: wait (left running after DRAIN_TIMEOUT), detach, stop."""
     task_default_timeout: Positive = 3_600.0
     """Seconds a task may run that says nothing of it."""
     task_max_timeout: Positive = 86_400.0

@@ -112,7 +112,7 @@ class Backend(Protocol):
     async def wait(self, handle: Handle) -> Exit:
         """Wait until the container has ended, however long; survives the daemon's absence.
 
-        Raises ContainerGone if it vanished.
+        Raises ContainerGone if it vanished, or if its end was its daemon's and not its program's.
         """
         ...
 

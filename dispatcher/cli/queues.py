@@ -119,9 +119,11 @@ def dead_retry(
     asked: list[str] = []
 
     async def retry(client: AsyncClient) -> list[str | DispatcherError]:
+        from dispatcher.client import AsyncHandle
+
         asked.extend(await client.dead_ids() if every else dict.fromkeys(ids or ()))
         answers = await client.retry_dead(asked)
-        return [answer.id if hasattr(answer, "id") else answer for answer in answers]
+        return [answer.id if isinstance(answer, AsyncHandle) else answer for answer in answers]
 
     answers = Session.of(context).ask(retry)
     made = {letter: answer for letter, answer in zip(asked, answers, strict=True) if isinstance(answer, str)}

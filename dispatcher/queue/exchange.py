@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from dispatcher.model import Outcome
@@ -46,10 +46,17 @@ class Limits:
 
     def document(self) -> str:
         """As the script ``tick`` reads them: JSON, times in milliseconds."""
-        told = asdict(self)
-        told["retention"] = round(self.retention * 1000)
-        told["lost_after"] = round(self.lost_after * 1000)
-        return json.dumps(told)
+        return json.dumps(
+            {
+                "retention": round(self.retention * 1000),
+                "results_length": self.results_length,
+                "max_length": self.max_length,
+                "max_bytes": self.max_bytes,
+                "max_deliveries": self.max_deliveries,
+                "infra_max_attempts": self.infra_max_attempts,
+                "lost_after": round(self.lost_after * 1000),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ the list as it is and returns as soon as there is anything in it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 import structlog
 
@@ -23,9 +25,12 @@ log = structlog.get_logger(__name__)
 class ListSource(Source):
     """Takes tasks from the lists of the queues this instance serves."""
 
-    #: Set and replaced by each look for tasks; and whether that one found any.
-    _looked = anyio.Event()
-    _found = False
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As ``Source``."""
+        super().__init__(*args, **kwargs)
+        #: Set and replaced by each look for tasks; and whether that one found any.
+        self._looked = anyio.Event()
+        self._found = False
 
     async def take(self, n: int) -> list[Delivery]:
         """See ``Source.take``."""

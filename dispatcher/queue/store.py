@@ -64,7 +64,7 @@ class Keys:
         return f"{{{self.stream}}}:{name}"
 
     def queue(self, queue: str) -> str:
-        """The stream of a queue."""
+        """The stream or list of a queue."""
         return self.stream if queue == DEFAULT_QUEUE else self.of(queue)
 
     def record(self, task_id: str) -> str:
@@ -160,6 +160,13 @@ class Store:
         """Names of the queues that instances have registered."""
         members = await command(self.redis, "SMEMBERS", self.keys.of("meta:queues"))
         return sorted(member.decode() for member in members)
+
+    async def are_lists(self) -> bool:
+        """Whether the queues are lists, as in ``lua/common.lua``."""
+        told = await command(self.redis, "HGET", self.keys.of("meta:counters"), "source")
+        if told is None:
+            return bool(await command(self.redis, "TYPE", self.keys.stream) == b"list")
+        return bool(told == b"redis-list")
 
     async def pause(self, queue: str, *, paused: bool) -> None:
         """Keep instances from taking new tasks of ``queue``, or let them again.

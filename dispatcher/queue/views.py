@@ -21,6 +21,8 @@ PAGE = 200
 MAX_LOOKED_AT = 20_000
 #: A plain entry's task: its queue and its entry, whose numbers have 64 bits.
 _ENTRY_ID = re.compile(r"([a-z0-9-]{1,24})\.([0-9]{1,19}-[0-9]{1,19})")
+#: An element of a list that refers to a task with a record, as in ``lua/common.lua``.
+_REFERENCE = re.compile(rb"\x01([0-9]{1,19})-[0-9]{1,19} ")
 #: The last second a datetime can tell. Entry ids and `not_before` may lie beyond it.
 _LAST_SECOND = 253_402_300_799
 _FIELDS = (
@@ -58,13 +60,14 @@ class TaskStatus:
 
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
-    """One queue. ``depth`` is what waits: in the stream and what came back; ``in_flight`` is
-    what instances hold, and containers that wait to be adopted."""
+    """One queue. ``depth`` is what waits: in the stream or list, and what came back; ``in_flight``
+    is what instances hold, and containers that wait to be adopted."""
 
     name: str
     depth: int
     in_flight: int
-    #: Seconds the task that waits longest has waited; None if none waits.
+    #: Seconds the task that waits longest has waited, as far as is known: of what others LPUSHed
+    #: it is not. None if none waits.
     oldest_seconds: float | None
     finished_last_minute: int
     paused: bool
@@ -150,11 +153,17 @@ class Views:
         names = sorted({DEFAULT_QUEUE, *await self._store.queues()})
         now = await self._now_ms()
         paused = await command(self._redis, "SMEMBERS", self._keys.of("meta:paused"))
+        lists = await self._store.are_lists()
         with sorted_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 for name in names:
-                    pipe.xlen(self._keys.queue(name))
-                    pipe.xrange(self._keys.queue(name), count=1)
+                    key = self._keys.queue(name)
+                    if lists:
+                        pipe.llen(key)
+                        pipe.lrange(key, -1, -1)
+                    else:
+                        pipe.xlen(key)
+                        pipe.xrange(key, count=1)
                     pipe.zcard(self._keys.of(f"ready:{name}"))
                     pipe.zrange(self._keys.of(f"ready:{name}"), 0, 0, withscores=True)
                     pipe.zcount(self._keys.of(f"index:finished:{name}"), now - 60_000, "+inf")
@@ -167,7 +176,7 @@ class Views:
         found = []
         for i, name in enumerate(names):
             length, first, ready, head, finished = rows[i * 5 : i * 5 + 5]
-            since = [int(first[0][0].split(b"-")[0])] if first else []
+            since = _told_by(first) if lists else [int(entry.split(b"-")[0]) for entry, _ in first]
             since += [int(score) for _, score in head]
             found.append(
                 QueueInfo(
@@ -206,7 +215,7 @@ class Views:
 
     async def _waiting_entry(self, task_id: str) -> TaskStatus | None:
         match = _ENTRY_ID.fullmatch(task_id)
-        if not match or match[1] in RESERVED_QUEUES:
+        if not match or match[1] in RESERVED_QUEUES or await self._store.are_lists():
             return None
         found = await command(self._redis, "XRANGE", self._keys.queue(match[1]), match[2], match[2])
         if not found or b"ref" in found[0][1]:  # it carries a task that has an id of its own
@@ -214,7 +223,10 @@ class Views:
         return _waiting(match[1], match[2])
 
     async def _waiting_entries(self, queue: str | None, limit: int) -> list[TaskStatus]:
-        """Plain entries: those a client submitted have a record and come with the others."""
+        """Plain entries: those a client submitted have a record and come with the others. What
+        others LPUSHed has no id before it is taken."""
+        if await self._store.are_lists():
+            return []
         names = [queue] if queue else sorted({DEFAULT_QUEUE, *await self._store.queues()})
         found: list[TaskStatus] = []
         for name in names:
@@ -230,6 +242,11 @@ class Views:
         if state is None:
             return [self._keys.of("index:open"), *ended]
         return ended if state.terminal else [self._keys.of("index:open")]
+
+
+def _told_by(elements: Sequence[bytes]) -> list[int]:
+    """Since when they wait, in milliseconds; what others LPUSHed does not tell it."""
+    return [int(match[1]) for element in elements if (match := _REFERENCE.match(element))]
 
 
 def _moment(status: TaskStatus) -> datetime:

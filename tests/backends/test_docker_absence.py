@@ -9,8 +9,9 @@ import anyio.to_thread
 import pytest
 
 from dispatcher.backends.docker_absence import Absence, absence_of
+from dispatcher.errors import ContainerGone
 from dispatcher.model import Exit
-from tests.backends.conformance import UNTIL_KILL, agree, running, says
+from tests.backends.conformance import UNTIL_KILL, agree, phase, running, says
 from tests.backends.docker_harness import DockerHarness
 
 ABSENCE = Absence(since=100.0, until=110.0, signalled=frozenset({"told"}))
@@ -64,6 +65,22 @@ def test_one_that_remembers_nothing_older_than_its_absence_is_another() -> None:
     absence = absence_of(remembered, since=90.0, answered=104.0, until=110.0, heard=heard)
     assert absence == Absence(90.0, 110.0, frozenset({"by the next", "by the last"}))
     assert absence_of([], since=90.0, answered=104.0, until=110.0, heard=[]) == Absence(90.0, 110.0)
+
+
+async def test_what_we_stop_ourselves_is_no_loss(docker_harness: DockerHarness) -> None:
+    backend = docker_harness.backend()
+    async with running(backend):
+        # As if the engine had been away all the time.
+        backend._watcher._absences.append(Absence(0.0, 1e12))
+        stopped, killed = [await backend.launch(docker_harness.attempt(UNTIL_KILL), agree) for _ in range(2)]
+        await backend.stop(stopped, 0)
+        assert (await backend.wait(stopped)).exit_code == 137
+        await anyio.to_thread.run_sync(docker_harness.engine.client.kill, killed.container_id)
+        with pytest.raises(ContainerGone, match="together with its engine"):
+            await backend.wait(killed)
+        # It is still there, to be removed.
+        await backend.remove(killed)
+        assert await phase(backend, killed) is None
 
 
 async def test_a_container_that_somebody_else_kills_has_ended_by_itself(

@@ -28,7 +28,7 @@ from tests.support.engine import IMAGE, EngineUnderTest, image_archive, private_
 MOST_MINUTES = 20.0
 #: Tasks kept open and seconds between faults, by backend: what two cores bear. More open tasks
 #: only wait longer; faults that come faster leave the machine to starting dispatchers.
-PARAMETERS = {"process": (60, 1.5), "docker": (24, 3.0)}
+PARAMETERS = {"process": (60, 1.2), "docker": (24, 2.5)}
 
 
 def main() -> int:

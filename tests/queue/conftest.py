@@ -111,6 +111,17 @@ class QueueUnderTest:
     async def submit(self, **fields: Any) -> str:
         return await self.store.enqueue(Submission.of(Task(**({"image": "busybox"} | fields))))
 
+    def push(self, *documents: str | bytes, queue: str = "default", traceparent: str = "") -> None:
+        """Hand tasks in as a program of any language does; a list carries no trace."""
+        trace = ("traceparent", traceparent) if traceparent else ()
+        with self.redis.pipeline(transaction=False) as pipe:
+            for document in documents:
+                if self.source == "redis-list":
+                    pipe.lpush(self.stream(queue), document)
+                else:
+                    pipe.execute_command("XADD", self.stream(queue), "*", "task", document, *trace)
+            pipe.execute()
+
     def xadd(self, fields: Mapping[Any, Any] | str, queue: str = "default", entry: str = "*") -> str:
         """Add a plain entry; returns the id its task will have."""
         fields = {"task": fields} if isinstance(fields, str) else fields

@@ -297,7 +297,7 @@ async def test_a_renewal_that_overtakes_the_answer_with_the_tasks_own_id_is_no_l
     queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = LeaseKeeper(queue.store, SHORT)
-    queue.xadd('{"image": "busybox", "id": "mine"}')
+    queue.push('{"image": "busybox", "id": "mine"}')
     delivery = await queue.take_one()
     lease = keeper.hold(delivery)
     answers = listen(queue, monkeypatch)
@@ -389,7 +389,7 @@ async def test_a_task_that_got_its_own_id_during_a_renewal_is_not_lost(
     queue: QueueUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = LeaseKeeper(queue.store, SHORT)
-    queue.xadd('{"image": "busybox", "id": "mine"}')
+    queue.push('{"image": "busybox", "id": "mine"}')
     delivery = await queue.take_one()
     lease = keeper.hold(delivery)
     renew_all, renewed = queue.store.renew_all, [0]

@@ -18,7 +18,7 @@ async def placed(under_test: QueueUnderTest, delivery: Delivery, **fields: Any) 
 
 
 async def plain(queue: QueueUnderTest, instance: str = "a") -> Delivery:
-    queue.xadd('{"image": "busybox"}')
+    queue.push('{"image": "busybox"}')
     return await queue.take_one(instance)
 
 
@@ -101,6 +101,7 @@ async def test_a_delay_counts_from_the_entry(queue: QueueUnderTest) -> None:
     assert queue.members("index:leases") == {}
 
 
+@pytest.mark.source("redis-stream")
 async def test_a_delay_that_is_over_holds_nothing_back(queue: QueueUnderTest) -> None:
     queue.ask("XADD", queue.stream("default"), "1700000000000-0", "task", '{"image":"busybox"}')
     delivery = await queue.take_one()

@@ -13,6 +13,8 @@ from dispatcher.queue.wire import parse_delivery
 from dispatcher.task import Task
 from tests.queue.conftest import POISONED, QueueUnderTest
 
+pytestmark = pytest.mark.source("redis-stream")
+
 MAX_BYTES = 65_536
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -31,7 +31,7 @@ class Instance:
             incarnation=incarnation,
             lease_seconds=lease,
             limits=Limits(),
-            source="redis-stream",
+            source=queue.source,
             queues=WEIGHTS,
             daemon=lambda: "",
             info=lambda: "{}",

@@ -16,6 +16,8 @@ from tests.queue.conftest import GROUP, LEASE, STREAM, WEIGHTS, QueueUnderTest
 from tests.support import redis_server as servers
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.source("redis-stream")
+
 LONG = 600.0
 
 

@@ -6,6 +6,7 @@
 --   put back; the ids are those that had no record any more, and are lost.
 
 local count, lease, restart = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
+local PAGE = 500 -- elements of a list read at once: others' documents may be among them
 local now = now_ms()
 local cursor = redis.call('HGET', META, 'audit_cursor') or '0'
 go_on_without_memory()
@@ -28,11 +29,11 @@ local function elements_of(queue)
     local length = redis.call('LLEN', stream_of(queue))
     local references = tonumber(redis.call('HGET', META, 'references:' .. queue) or 0)
     if length < references then
-      references = 0
-      for first = 0, length - 1, 10000 do
-        for _, element in ipairs(redis.call('LRANGE', stream_of(queue), first, first + 9999)) do
-          found[element] = true
-          references = references + (string.sub(element, 1, 1) == '\1' and 1 or 0)
+      for first = 0, length - 1, PAGE do
+        for _, element in ipairs(redis.call('LRANGE', stream_of(queue), first, first + PAGE - 1)) do
+          if string.sub(element, 1, 1) == '\1' then
+            found[element] = true
+          end
         end
       end
       present[queue] = found

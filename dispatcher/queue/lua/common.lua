@@ -87,9 +87,11 @@ local function registered(queue)
   return queue == 'default' or redis.call('SISMEMBER', QUEUES, queue) == 1
 end
 
--- Whether the queues are lists that others LPUSH to, and not streams. Instances say so.
+-- Whether the queues are lists that others LPUSH to, and not streams. Instances say so, and
+-- before the first of them whatever is there.
 local function are_lists()
-  return redis.call('HGET', META, 'source') == 'redis-list'
+  local told = redis.call('HGET', META, 'source')
+  return told == 'redis-list' or not told and redis.call('TYPE', STREAM).ok == 'list'
 end
 
 -- What a list holds for a task with a record: no JSON begins so.
@@ -128,8 +130,8 @@ end
 local function withdraw(id)
   local r = fields_of(id, 'queue', 'entry', 'daemon')
   if r[2] ~= '' and are_lists() then
-    local removed = redis.call('LREM', stream_of(r[1]), -1, reference(id, r[2]))
-    redis.call('HINCRBY', META, 'references:' .. r[1], -removed)
+    redis.call('LREM', stream_of(r[1]), -1, reference(id, r[2]))
+    redis.call('HINCRBY', META, 'references:' .. r[1], -1) -- also if somebody deleted the list
   elseif r[2] ~= '' then
     redis.call('XDEL', stream_of(r[1]), r[2])
   end

@@ -137,10 +137,9 @@ local function read_list(q, count)
       break
     end
     local token, id = string.match(element, '^\1(%d+%-%d+) (.*)$')
-    if id then
-      redis.call('HINCRBY', META, 'references:' .. q.name, -1)
+    if id and fields_of(id, 'source')[1] == token then
       entries[#entries + 1] = { token, { 'ref', id } }
-    else
+    else -- also what looks like a reference and is none of ours: its bytes are kept
       local entry = int(now) .. '-' .. int(redis.call('HINCRBY', META, 'fence', 1))
       entries[#entries + 1] = { entry, { 'task', element } }
     end
@@ -213,8 +212,11 @@ local function take_entries(q, entries)
     local id, fields = entry[1], entry[2] or {}
     ids[#ids + 1] = id
     local refers = #fields == 2 and fields[1] == 'ref'
-    local r = refers and fields_of(fields[2], 'state', 'entry', 'source')
+    local r = refers and fields_of(fields[2], 'state', 'entry', 'source', 'queue')
     if r and r[1] == 'queued' and r[2] == id then
+      if lists then
+        redis.call('HINCRBY', META, 'references:' .. r[4], -1)
+      end
       give(fields[2])
     elseif not r or r[3] ~= id then -- also a reference that we did not make
       adopt_entry(q, id, fields)

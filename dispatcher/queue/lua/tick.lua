@@ -183,25 +183,60 @@ local function rival()
   return other and other ~= incarnation and math.abs(now - seen) < lease
 end
 
--- Makes the queues lists or streams, as this instance is told; false if they hold tasks as
--- something else, or others live by that.
-local function agree_on_source()
-  if redis.call('HGET', META, 'source') == source then
-    return true
+-- Calls `visit` with the task of each entry of a stream that refers to one as `append` wrote it;
+-- false if there is any other entry.
+local function each_reference(key, visit)
+  local first = '-'
+  repeat
+    local entries = redis.call('XRANGE', key, first, '+', 'COUNT', limit)
+    for _, entry in ipairs(entries) do
+      local fields = entry[2]
+      if fields[1] ~= 'ref' or fields_of(fields[2], 'entry')[1] ~= entry[1] then
+        return false
+      end
+      visit(fields[2])
+      first = '(' .. entry[1]
+    end
+  until #entries == 0
+  return true
+end
+
+-- What had its entry in a queue of the other kind has none any more, and goes ahead.
+local function put_back_all_waiting()
+  local count = redis.call('ZCARD', OPEN)
+  for first = 0, count - 1, limit do
+    for _, id in ipairs(redis.call('ZRANGE', OPEN, first, first + limit - 1)) do
+      local r = fields_of(id, 'state', 'owner', 'entry')
+      if r[1] == 'queued' and r[2] == '' and r[3] ~= '' then
+        put_back(id)
+      end
+    end
   end
-  if redis.call('HEXISTS', META, 'source') == 1
-    and redis.call('ZCOUNT', SEEN, '(' .. int(now - lease), '+inf') > 0 then
+end
+
+-- Makes the queues lists or streams, as this instance is told; false if they hold tasks as
+-- something else, or others live by that. While nobody had told it, clients' tasks went to streams.
+local function agree_on_source()
+  local before = redis.call('HGET', META, 'source')
+  if before == source then
+    return true
+  elseif before and redis.call('ZCOUNT', SEEN, '(' .. int(now - lease), '+inf') > 0 then
     return false
+  end
+  local queues = all_queues()
+  for i = FIRST_QUEUE, #ARGV do
+    queues[#queues + 1] = ARGV[i]
   end
   local type_of = source == 'redis-list' and 'list' or 'stream'
   for pass = 1, 2 do -- nothing is changed unless all can be
-    for i = FIRST_QUEUE, #ARGV do
-      local key = stream_of(ARGV[i])
+    for _, queue in ipairs(queues) do
+      local key = stream_of(queue)
       local found = redis.call('TYPE', key).ok
       if found == 'stream' and type_of == 'list' then
         if pass == 2 then
+          each_reference(key, put_back)
           redis.call('DEL', key)
-        elseif redis.call('XLEN', key) > 0 then
+        elseif redis.call('XLEN', key) > 0 and (before or not each_reference(key, type)) then
           return false
         end
       elseif found ~= 'none' and found ~= type_of then
@@ -210,6 +245,12 @@ local function agree_on_source()
     end
   end
   redis.call('HSET', META, 'source', source)
+  if before then
+    for _, queue in ipairs(queues) do
+      redis.call('HDEL', META, 'references:' .. queue)
+    end
+    put_back_all_waiting()
+  end
   return true
 end
 
