@@ -11,7 +11,7 @@ CHAOS_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo dev check format test test-redis-matrix chaos chaos-flat image clean
+.PHONY: help venv demo dev check format test test-slow test-redis-matrix chaos chaos-flat image clean
 
 help: ## List what make can do here
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,7 +46,10 @@ format: venv ## Format, and mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 
 test: venv ## Run the tests; what can't run here is skipped and said so
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: venv ## Run the tests that take minutes
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 # On every server, also after one has failed, and then with a failure.
 test-redis-matrix: venv ## Run the queue's tests on Redis 6.2, 8, the system's and Valkey

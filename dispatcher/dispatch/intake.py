@@ -137,7 +137,7 @@ class Intake:
                 lease.request(Wish.DETACH)
         if self._drain_mode != "detach":
             await self._emptied_within(self._drain_timeout)
-        if self._drain_mode == "stop":
+        if self._drain_mode == "stop" and not self._forced.is_set():
             for lease in list(held.values()):
                 lease.request(Wish.STOP)
             await self._emptied_within(STOP_TIMEOUT)

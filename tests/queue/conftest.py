@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
+import anyio
 import pytest
 from redis.crc import key_slot
 
 from dispatcher.errors import QueueUnavailable
 from dispatcher.model import Delivery, Outcome, Reason, State
+from dispatcher.queue import source as source_module
 from dispatcher.queue.exchange import Action, Budget, Limits, Settlement, SourceKind, Submission, Tick
+from dispatcher.queue.source import Source
 from dispatcher.queue.store import Store
 from dispatcher.task import Task
 from tests.support.redis_server import RedisUnderTest
@@ -21,6 +25,8 @@ GROUP = "dispatchers"
 WEIGHTS = {"high": 6, "default": 3, "low": 1}
 LEASE = 30.0
 LIMITS = Limits()
+#: Seconds that no test lasts.
+LONG = 600.0
 SUCCESS = Outcome(State.SUCCEEDED, exit_code=0, started_at=1_700_000_000.25, finished_at=1_700_000_001.5)
 FAILURE = Outcome(State.FAILED, Reason.EXIT, "exit code 3", 3, 1_700_000_000.0, 1_700_000_002.0)
 POISONED = Outcome(State.FAILED, Reason.INVALID, "image: not a reference")
@@ -75,6 +81,11 @@ class QueueUnderTest:
 
     def length(self, queue: str = "default") -> int:
         return int(self.ask("XLEN" if self.source == "redis-stream" else "LLEN", self.stream(queue)))
+
+    def calls(self, command: str) -> int:
+        """How often the server was sent this."""
+        found = self.redis.info("commandstats")
+        return int(found.get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
     def now_ms(self) -> int:
         seconds, micros = self.redis.time()
@@ -248,6 +259,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "queue" in metafunc.fixturenames:
         one = metafunc.definition.get_closest_marker("source")
         metafunc.parametrize("queue", one.args if one else ["redis-stream", "redis-list"], indirect=True)
+
+
+@pytest.fixture
+def no_polling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a ring ends a wait."""
+    monkeypatch.setattr(source_module, "POLL_SECONDS", LONG)
+
+
+@asynccontextmanager
+async def listening(*sources: Source) -> AsyncIterator[None]:
+    """With their doorbells."""
+    async with anyio.create_task_group() as group:
+        for source in sources:
+            group.start_soon(source.listen, name="doorbell")
+        try:
+            yield
+        finally:
+            group.cancel_scope.cancel()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ async def suspects(queue: QueueUnderTest, *task_ids: str, daemon: str = "") -> N
     for task_id in task_ids:
         await queue.submit(id=task_id)
     for _ in range(2):
-        for delivery in await queue.take(10, "victim"):
+        for delivery in await queue.take(10, "victim", incarnation="dead"):
             await queue.renew(delivery, state="running", daemon=daemon)
             queue.lapse(delivery, soon=True)
         await queue.tick(limits=LIMITS)
@@ -30,8 +30,8 @@ async def suspects(queue: QueueUnderTest, *task_ids: str, daemon: str = "") -> N
 async def test_after_too_many_deaths_it_is_a_dead_letter(queue: QueueUnderTest) -> None:
     await queue.submit(id="bad")
     for _ in range(2):
-        await killed(queue, await queue.take_one())
-    queue.lapse(await queue.take_one(), soon=True)
+        await killed(queue, await queue.take_one("victim"))
+    queue.lapse(await queue.take_one("victim"), soon=True)
     assert (await queue.tick(limits=LIMITS)).poisoned == 1
     (entry,) = queue.entries("dead")
     assert (entry["id"], entry["reason"]) == (b"bad", b"poison")
@@ -47,6 +47,16 @@ async def test_a_death_long_after_the_taking_clears_it(queue: QueueUnderTest) ->
     assert queue.record("once")["deaths"] == "0"
 
 
+async def test_an_owner_that_lives_has_not_died(queue: QueueUnderTest) -> None:
+    """It never heard that it has the task: the reply was lost."""
+    await queue.submit(id="unheard")
+    await queue.tick("a")
+    await killed(queue, await queue.take_one("a"))
+    assert queue.record("unheard").get("deaths", "0") == "0"
+    await killed(queue, await queue.take_one("a", incarnation="another"))
+    assert queue.record("unheard")["deaths"] == "1"
+
+
 async def test_giving_it_back_does_not_count(queue: QueueUnderTest) -> None:
     await queue.submit(id="drained")
     for _ in range(5):
@@ -57,7 +67,7 @@ async def test_giving_it_back_does_not_count(queue: QueueUnderTest) -> None:
 
 async def test_one_that_is_to_be_cancelled_ends_as_cancelled(queue: QueueUnderTest) -> None:
     await suspects(queue, "unwanted")
-    delivery = await queue.take_one()
+    delivery = await queue.take_one("victim")
     await queue.store.cancel("unwanted")
     await killed(queue, delivery)
     assert [(e["id"], e["state"]) for e in queue.entries("results")] == [(b"unwanted", b"cancelled")]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -12,19 +11,11 @@ import pytest
 from dispatcher.queue import source as source_module
 from dispatcher.queue.store import Store
 from dispatcher.queue.stream import StreamSource
-from tests.queue.conftest import GROUP, LEASE, STREAM, WEIGHTS, QueueUnderTest
+from tests.queue.conftest import GROUP, LEASE, LONG, STREAM, WEIGHTS, QueueUnderTest, listening
 from tests.support import redis_server as servers
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.source("redis-stream")
-
-LONG = 600.0
-
-
-@pytest.fixture
-def no_polling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a ring ends a wait."""
-    monkeypatch.setattr(source_module, "POLL_SECONDS", LONG)
 
 
 def source_of(
@@ -40,21 +31,6 @@ def source_of(
         daemon="engine-1",
         on_control=on_control,
     )
-
-
-@asynccontextmanager
-async def listening(source: StreamSource) -> AsyncIterator[None]:
-    async with anyio.create_task_group() as group:
-        group.start_soon(source.listen, name="doorbell")
-        try:
-            yield
-        finally:
-            group.cancel_scope.cancel()
-
-
-def calls(queue: QueueUnderTest, command: str) -> int:
-    found = queue.redis.info("commandstats")
-    return int(found.get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 
 @pytest.mark.usefixtures("no_polling")
@@ -135,14 +111,14 @@ async def test_entries_that_nobody_here_can_take_make_no_busy_loop(
     queue.ask("CONFIG", "RESETSTAT")
     source = source_of(queue.store, queue.server.url)
     async with listening(source):
-        await wait_until(lambda: calls(queue, "xread") > entries)
+        await wait_until(lambda: queue.calls("xread") > entries)
         queue.ask("CONFIG", "RESETSTAT")
         monkeypatch.setattr(source_module, "POLL_SECONDS", 0.2)
         for _ in range(rounds):
             assert await source.take(5) == []
             await source.wait()
-    assert calls(queue, "xread") <= 2
-    assert calls(queue, "evalsha") <= rounds + 1
+    assert queue.calls("xread") <= 2
+    assert queue.calls("evalsha") <= rounds + 1
     queue.redis.delete(STREAM)
 
 
@@ -156,9 +132,9 @@ async def test_entries_beyond_the_consumers_make_no_busy_loop(
     await source.take(1)
     queue.ask("CONFIG", "RESETSTAT")
     async with listening(source):
-        await wait_until(lambda: calls(queue, "xread") == 2)
+        await wait_until(lambda: queue.calls("xread") == 2)
         await source.wait()
-    assert calls(queue, "xread") == 2
+    assert queue.calls("xread") == 2
 
 
 async def test_it_survives_a_restart_of_redis(tmp_path: Path) -> None:

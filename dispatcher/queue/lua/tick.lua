@@ -88,17 +88,23 @@ local function expire()
   return expired
 end
 
+-- Whether the instance that a task was given to lives, and does not know that it has it: the
+-- reply that gave it was lost.
+local function lives(owner)
+  local name, its_incarnation = string.match(owner, '^(.*)/([^/]*)/[^/]*$')
+  local seen = tonumber(redis.call('ZSCORE', SEEN, name) or 0)
+  return redis.call('HGET', INCARNATIONS, name) == its_incarnation and now - seen < lease / 2
+end
+
 -- Counts owners that fell silent soon after they had taken a task; one that was held for long
 -- before is no suspect. Returns whether it is over the operator's limit.
-local function is_poison(id, lease_end, taken)
+local function is_poison(id, owner, lease_end, taken)
   local died = tonumber(lease_end) - lease -- when its owner renewed for the last time
-  local deaths = 0
-  if died - tonumber(taken ~= '' and taken or 0) < 2 * lease then
-    deaths = redis.call('HINCRBY', record_key(id), 'deaths', 1)
-  else
+  if died - tonumber(taken ~= '' and taken or 0) >= 2 * lease then
     redis.call('HSET', record_key(id), 'deaths', '0')
+    return false
   end
-  return deaths >= limits().max_deliveries
+  return not lives(owner) and redis.call('HINCRBY', record_key(id), 'deaths', 1) >= limits().max_deliveries
 end
 
 local function take_over()
@@ -112,7 +118,7 @@ local function take_over()
     else
       disown(id, '')
       redis.call('HINCRBY', record_key(id), 'takeovers', 1)
-      if is_poison(id, lapsed[i + 1], r[2]) then
+      if is_poison(id, r[1], lapsed[i + 1], r[2]) then
         -- A container it may have is removed by the reconciler on its daemon.
         local message = 'its dispatcher died ' .. limits().max_deliveries .. ' times soon after taking it'
         if r[3] ~= '' then
