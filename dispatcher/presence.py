@@ -83,6 +83,11 @@ class Presence:
         states = [str(lease.state) for lease in self._keeper.held.values()]
         return [({"state": state}, states.count(state)) for state in _STATES]
 
+    def _oldest(self) -> Iterable[Reading]:
+        """0 where nothing waits; nothing where it is not known."""
+        known = [q for q in self.queues if q.oldest_seconds is not None or not q.depth]
+        return [({"queue": q.name}, q.oldest_seconds or 0.0) for q in known]
+
     def _register(self, telemetry: Telemetry) -> None:
         gauge, images = telemetry.gauge, self._images
         gauge("dispatcher_tasks_in_flight", "Tasks in this instance's hands, by state.", self._in_flight)
@@ -96,7 +101,7 @@ class Presence:
         gauge(
             "dispatcher_queue_oldest_seconds",
             "Age of the task that waits longest.",
-            lambda: [({"queue": q.name}, q.oldest_seconds or 0.0) for q in self.queues],
+            self._oldest,
         )
         gauge(
             "dispatcher_image_pulls_in_flight",

@@ -79,6 +79,8 @@ class Tick:
     poisoned: int
     #: When the next scheduled task may start; None if there is none.
     next_due_ms: int | None
+    #: Queues whose keys another program has made something else.
+    unusable: tuple[str, ...]
 
     @property
     def rival(self) -> bool:

@@ -56,6 +56,8 @@ class Recovery:
         self._on_promoted = on_promoted
         self._on_evicted = on_evicted
         self._namespace = ""
+        #: Queues whose keys held something else at the last tick.
+        self._unusable: tuple[str, ...] = ()
         #: Whether the last tick went through.
         self.healthy = False
 
@@ -124,6 +126,10 @@ class Recovery:
             log.warning("tasks.lost_with_their_daemon", count=tick.lost)
         if tick.poisoned:
             log.error("tasks.poisoned", count=tick.poisoned)
+        if tick.unusable != self._unusable:
+            self._unusable = tick.unusable
+            if tick.unusable:
+                log.error("queues.unusable", queues=tick.unusable, why="their keys hold something else")
         if tick.expired:
             log.info("tasks.expired", count=tick.expired)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from dispatcher.errors import (
     InvalidTask,
     QueueFull,
+    QueueRefused,
     TaskConflict,
     TaskNotFound,
     UnknownQueue,
@@ -127,6 +128,8 @@ class Store:
                 raise QueueFull(
                     f"queue {submission.task.queue!r} is full: {limit} tasks wait (QUEUE_MAX_LENGTH)"
                 )
+            case "unusable_queue":
+                raise QueueRefused(f"the key of queue {submission.task.queue!r} holds something else")
             case "too_large":
                 raise InvalidTask(f"the document is larger than {limit} bytes (TASK_MAX_BYTES)")
             case _:
@@ -266,9 +269,8 @@ class Store:
         """
         args = [instance, incarnation, info, ms(lease), self.group, namespace, source, daemon]
         args += [str(TICK_LIMIT), ms(lease * FORGET_LEASES), limits.document(), *queues]
-        verdict, name, now, promoted, taken_over, expired, lost, poisoned, due = await self._scripts.call(
-            "tick", args
-        )
+        reply = await self._scripts.call("tick", args)
+        verdict, name, now, promoted, taken_over, expired, lost, poisoned, due, unusable = reply
         return Tick(
             verdict=verdict.decode(),
             namespace=name.decode(),
@@ -279,6 +281,7 @@ class Store:
             lost=lost,
             poisoned=poisoned,
             next_due_ms=int(due) if due else None,
+            unusable=tuple(sorted(queue.decode() for queue in unusable)),
         )
 
     async def audit(self, lease: float, *, restart: bool = False) -> Audited:

@@ -103,7 +103,7 @@ async def test_what_another_reader_left_pending_is_taken_after_a_lease(queue: Qu
     taken = queue.ask("XREADGROUP", "GROUP", GROUP, "stranger", "STREAMS", queue.stream("default"), ">")
     assert taken
     assert await queue.take(lease=LEASE) == []
-    found = {d.task_id: d for d in await queue.take(lease=0.001)}
+    found = {d.task_id: d for d in await queue.take(lease=0.0)}
     assert found.keys() == {plain, ours}
     assert found[plain].fields == ((b"task", b'{"image": "busybox"}'),)
     assert queue.ask("XPENDING", queue.stream("default"), GROUP)["pending"] == 0
@@ -115,4 +115,4 @@ async def test_a_pending_entry_that_was_deleted_does_not_stand_in_the_way(queue:
     queue.ask("XREADGROUP", "GROUP", GROUP, "stranger", "STREAMS", queue.stream("default"), ">")
     queue.ask("XDEL", queue.stream("default"), entry)
     later = queue.xadd('{"image": "busybox"}')
-    assert later in [d.task_id for n in range(2) for d in await queue.take(lease=0.001)]
+    assert later in [d.task_id for n in range(2) for d in await queue.take(lease=0.0)]

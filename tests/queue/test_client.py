@@ -20,7 +20,7 @@ from dispatcher.errors import (
     WaitTimeout,
 )
 from dispatcher.model import Delivery, State
-from dispatcher.queue.exchange import Settlement
+from dispatcher.queue.exchange import Settlement, SourceKind
 from dispatcher.queue.store import Store
 from dispatcher.queue.tails import Tail, Tails
 from dispatcher.task import Task
@@ -34,7 +34,8 @@ BUSYBOX = Task(image="busybox", command=["true"])
 class Worker:
     """Ends what it takes: ``false`` fails, ``junk`` is refused, all else succeeds; with its output."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, source: SourceKind = "redis-stream") -> None:
+        self.source: SourceKind = source
         self.store = Store(url, STREAM)
         self.tails = Tails(url, STREAM)
         self.seen: list[Delivery] = []
@@ -46,7 +47,7 @@ class Worker:
             info="{}",
             lease=LEASE,
             namespace="n",
-            source="redis-stream",
+            source=self.source,
             daemon="e",
             limits=LIMITS,
             queues=WEIGHTS,
@@ -79,7 +80,7 @@ class Worker:
 
 @asynccontextmanager
 async def working(queue: QueueUnderTest) -> AsyncIterator[Worker]:
-    worker = Worker(queue.server.url)
+    worker = Worker(queue.server.url, queue.source)
     async with anyio.create_task_group() as group:
         group.start_soon(worker.run)
         try:

@@ -275,6 +275,7 @@ async def test_several_share_what_is_pushed_in_order_and_exactly_once(
         assert await queue.finish(delivery) == "ok"
 
 
+@pytest.mark.usefixtures("no_polling")
 async def test_a_doorbell_of_each_instance_rings_for_one_task(queue: QueueUnderTest) -> None:
     async with instances(queue, *"abc") as sources:
         with anyio.fail_after(10):

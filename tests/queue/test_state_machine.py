@@ -10,7 +10,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import pytest
@@ -26,107 +25,36 @@ from hypothesis.stateful import (
 
 from dispatcher.errors import InvalidTask, QueueFull, TaskConflict, TaskNotFound
 from dispatcher.model import Delivery
-from dispatcher.queue.exchange import Action, Limits
+from dispatcher.queue.exchange import Action, Limits, SourceKind
 from dispatcher.queue.wire import parse_delivery
 from dispatcher.task import Task
 from tests.queue.conftest import FAILURE, LEASE, SUCCESS, WEIGHTS, QueueUnderTest
+from tests.queue.model import (
+    DAEMONS,
+    FAR_FUTURE,
+    KEYS,
+    OFFERS,
+    TRACE,
+    Arrival,
+    Expected,
+    Model,
+    arrivals,
+    by_acceptance,
+    picks,
+    places,
+    unnamed,
+)
 from tests.support.redis_server import RedisUnderTest
 
 T = TypeVar("T")
 EFFORT = {"default": (100, 30), "slow": (2_000, 80)}
-DAEMONS = ("engine-1", "engine-2")
-OFFERS = (
-    {"high": 6, "default": 3, "low": 1},
-    {"high": 0, "default": 1, "low": 5},
-    {"low": 1},
-    {"default": 2, "high": 0},
-)
-
-tasks = st.builds(
-    lambda **fields: {name: value for name, value in fields.items() if value is not None},
-    image=st.sampled_from(["busybox", "alpine"]),
-    id=st.sampled_from([None, None, "one", "two", "three"]),
-    idempotency_key=st.sampled_from([None, None, "k", "l"]),
-    queue=st.sampled_from([None, *WEIGHTS]),
-    delay=st.sampled_from([None, None, 60.0]),
-)
-
-
-#: Which of what there is: the choice itself must not depend on what Redis' clock brought about.
-picks = st.integers(0, 127)
-TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-#: By a client, or by a plain XADD to one of the streams, with a trace and an id of now or of a
-#: year that no clock will ever show.
-arrivals = st.tuples(
-    st.sampled_from(["", "", *WEIGHTS]),
-    tasks,
-    st.sampled_from(["", TRACE, TRACE[1:], f"{TRACE}0"]),
-    st.sampled_from([False, False, True]),
-)
-Arrival = tuple[str, dict[str, Any], str, bool]
-#: What stands before the name of a place in its key.
-KEYS = {"due": "index:"}
-FAR_FUTURE = 99_999_999_999_999_999
-
-
-@dataclass
-class Expected:
-    """What the model knows of one accepted task."""
-
-    place: str
-    queue: str
-    #: None for an entry that nobody has placed: other tasks can't be compared with it.
-    digest: str | None = None
-    daemon: str = ""
-    attempt: int = 1
-    cancelled: bool = False
-    delivery: Delivery | None = None
-    entry: str = ""
-    traceparent: str = ""
-    #: Whether it is an entry that says of itself that it refers to a task, and does not.
-    forged: bool = False
-
-
-@dataclass
-class Model:
-    """Where every task is."""
-
-    tasks: dict[str, Expected] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    paused: set[str] = field(default_factory=set)
-    max_length: int = 0
-    fence: int = 0
-
-    def standing(self, task: Task, task_id: str | None, held: str = "") -> tuple[str, str] | None:
-        """Whether a task stands already under this key or id."""
-        for other in (self.keys.get(task.idempotency_key or ""), task_id):
-            if other and other != held and other in self.tasks:
-                same = self.tasks[other].digest == task.digest()
-                return ("known" if same else "conflict"), other
-        return None
-
-    def at(self, place: str) -> list[str]:
-        return [task_id for task_id, task in self.tasks.items() if task.place == place]
-
-    def full(self, queue: str) -> bool:
-        """Whether as many wait in ``queue`` as may."""
-        waiting = sum(len(self.at(f"{kind}:{queue}")) for kind in ("stream", "ready", "due"))
-        return 0 < self.max_length <= waiting
-
-    @property
-    def held(self) -> list[Expected]:
-        return [task for task in self.tasks.values() if task.place == "lease"]
-
-    def put_back(self, task: Expected) -> None:
-        task.place = f"inbox:{task.daemon}" if task.daemon else f"ready:{task.queue}"
-        task.delivery = None
 
 
 class Scripts(RuleBasedStateMachine):
     """One Redis, three instances on two daemons, and whoever submits and cancels."""
 
     server: ClassVar[RedisUnderTest]
+    source: ClassVar[SourceKind]
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +62,8 @@ class Scripts(RuleBasedStateMachine):
         self.model = Model()
         self.stale: list[Delivery] = []
         self.future = FAR_FUTURE
-        self.queue = QueueUnderTest(self.server)
+        self.pushed = 0
+        self.queue = QueueUnderTest(self.server, self.source)
         self.queue.redis.flushall()
         self.run(self.queue.tick())
 
@@ -146,7 +75,9 @@ class Scripts(RuleBasedStateMachine):
             self.run(self.queue.end_all())
             self.queue.check_keys()
             ended = Counter(entry["id"].decode() for entry in self.queue.entries("results"))
-            assert ended == dict.fromkeys(self.model.tasks, 1), "something was lost, or ended twice"
+            named = {task_id for task_id in self.model.tasks if not unnamed(task_id)}
+            assert named <= ended.keys(), "something was lost"
+            assert len(ended) == ended.total() == len(self.model.tasks), "something was lost, or ended twice"
         finally:
             self.run(self.queue.aclose())
             self.runner.close()
@@ -165,7 +96,9 @@ class Scripts(RuleBasedStateMachine):
 
     def _arrive(self, arrival: Arrival) -> None:
         stream, fields, traceparent, future = arrival
-        if stream:
+        if stream and self.source == "redis-list":
+            self._lpush(json.dumps(fields), stream)
+        elif stream:
             self._xadd({"task": json.dumps(fields), "traceparent": traceparent}, stream, future=future)
         else:
             self._submit(fields)
@@ -206,11 +139,22 @@ class Scripts(RuleBasedStateMachine):
             forged="ref" in fields,
         )
 
+    def _lpush(self, element: str, stream: str, *, forged: bool = False) -> None:
+        self.pushed += 1
+        self.queue.push(element, queue=stream)
+        self.model.tasks[f"?{self.pushed}"] = Expected(
+            f"stream:{stream}", stream, entry=element, forged=forged
+        )
+
     @rule(pick=picks, stream=st.sampled_from(list(WEIGHTS)))
     def refer(self, pick: int, stream: str) -> None:
         """Somebody else's entry looks like one of ours, whatever became of the task it names."""
         names = [*self.model.tasks, *self.model.aliases, "nobody"]
-        self._xadd({"ref": names[pick % len(names)]}, stream)
+        name = names[pick % len(names)]
+        if self.source == "redis-list":
+            self._lpush(f"\1{pick}-{pick} {name}", stream, forged=True)
+        else:
+            self._xadd({"ref": name}, stream)
 
     # --- instances --------------------------------------------------------------------------
 
@@ -226,15 +170,21 @@ class Scripts(RuleBasedStateMachine):
     def _take(self, n: int, instance: str, daemon: str, weights: dict[str, int]) -> None:
         model = self.model
         served = [name for name in weights if name not in model.paused]
-        inbox = self._by_acceptance(f"inbox:{daemon}")
+        inbox = by_acceptance(self.queue, self.model, f"inbox:{daemon}")
         # In its own queue what came back goes first.
-        waiting = {name: self._by_acceptance(f"ready:{name}") + model.at(f"stream:{name}") for name in served}
+        waiting = {
+            name: by_acceptance(self.queue, self.model, f"ready:{name}") + model.at(f"stream:{name}")
+            for name in served
+        }
         there = len(inbox) + sum(map(len, waiting.values()))
         taken = self.run(self.queue.take(n, instance, queues=weights, daemon=daemon))
         assert len(taken) == min(n, there)
         assert [d.task_id for d in taken[: len(inbox)]] == inbox[:n]
         for delivery in taken[len(inbox) :]:
-            first = waiting[model.tasks[delivery.task_id].place.partition(":")[2]].pop(0)
+            first = waiting[delivery.queue].pop(0)
+            if unnamed(first):
+                model.name(first, delivery)
+                continue
             assert delivery.task_id == first, "a queue is taken from its beginning"
         if any(weights[name] for name in served if waiting[name]):
             idle = {d.queue for d in taken[len(inbox) :] if not weights[d.queue]}
@@ -252,12 +202,6 @@ class Scripts(RuleBasedStateMachine):
         for delivery in taken:
             if delivery.fields is not None:
                 self._place(delivery)
-
-    def _by_acceptance(self, place: str) -> list[str]:
-        def accepted(task_id: str) -> tuple[int, str]:
-            return int(self.queue.record(task_id)["accepted"]), task_id
-
-        return sorted(self.model.at(place), key=accepted)
 
     def _place(self, delivery: Delivery) -> None:
         if self.model.tasks[delivery.task_id].forged:
@@ -393,7 +337,7 @@ class Scripts(RuleBasedStateMachine):
             return
         name = names[pick % len(names)]
         task = self.model.tasks[self.model.aliases.get(name, name)]
-        if task.forged and task.place.startswith("stream:"):
+        if unnamed(name) or (task.forged and task.place.startswith("stream:")):
             with pytest.raises(TaskNotFound):
                 self.run(self.queue.store.cancel(name))
             return
@@ -421,41 +365,26 @@ class Scripts(RuleBasedStateMachine):
 
     @invariant()
     def every_task_has_exactly_one_place(self) -> None:
-        queue = self.queue
-        found: list[tuple[str, str]] = []
-        for name in WEIGHTS:
-            for entry, fields in queue.redis.xrange(queue.stream(name)):
-                task_id = fields.get(b"ref", b"").decode()
-                if not task_id or queue.record(task_id).get("source") != entry.decode():
-                    task_id = f"{name}.{entry.decode()}"
-                found.append((task_id, f"stream:{name}"))
-            found += [(task_id, f"ready:{name}") for task_id in queue.members(f"ready:{name}")]
-            found += [(task_id, f"due:{name}") for task_id in queue.due(name)]
-        for daemon in DAEMONS:
-            found += [(task_id, f"inbox:{daemon}") for task_id in queue.members(f"inbox:{daemon}")]
-        found += [(task_id, "lease") for task_id in queue.members("index:leases")]
-        found += [(entry["id"].decode(), "ended") for entry in queue.entries("results")]
-        assert Counter(found) == Counter((i, t.place) for i, t in self.model.tasks.items())
-        waiting = {
-            i
-            for i, t in self.model.tasks.items()
-            if t.entry and t.place.startswith("stream:") and t.digest is None
-        }
-        opened = {i for i, t in self.model.tasks.items() if t.place != "ended"} - waiting
-        assert queue.members("index:open").keys() == opened
+        expected = Counter((i, t.place) for i, t in self.model.tasks.items())
+        assert Counter(places(self.queue, self.model)) == expected
+        assert self.queue.members("index:open").keys() == self.model.opened
 
     @invariant()
     def nothing_is_pending_in_a_group(self) -> None:
-        for name in WEIGHTS:
+        for name in WEIGHTS if self.source == "redis-stream" else ():
             assert self.queue.ask("XPENDING", self.queue.stream(name), self.queue.store.group)["pending"] == 0
 
 
 @pytest.mark.timeout(900)  # what is found is made small before it is told
-def test_every_task_has_one_place_and_one_end_whatever_happens(redis_server: RedisUnderTest) -> None:
+@pytest.mark.parametrize("kind", ["redis-stream", "redis-list"])
+def test_every_task_has_one_place_and_one_end_whatever_happens(
+    redis_server: RedisUnderTest, kind: SourceKind
+) -> None:
     examples, steps = EFFORT.get(os.environ.get("HYPOTHESIS_PROFILE", ""), EFFORT["default"])
 
     class Here(Scripts):
         server = redis_server
+        source = kind
 
     run_state_machine_as_test(
         Here,

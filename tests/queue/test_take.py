@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from dispatcher.errors import QueueRefused
-from tests.queue.conftest import FAILURE, GROUP, STREAM, WEIGHTS, QueueUnderTest
+from tests.queue.conftest import FAILURE, GROUP, LEASE, STREAM, WEIGHTS, QueueUnderTest
 
 
 async def test_a_taken_task_has_left_its_stream_and_is_leased(queue: QueueUnderTest) -> None:
@@ -229,13 +229,19 @@ async def test_entries_another_reader_has_pending_cost_other_queues_no_turn(
     queue.redis.delete(STREAM)
 
 
-async def test_a_key_of_the_wrong_type_is_told_as_it_is(queue: QueueUnderTest) -> None:
-    await queue.submit(id="kept", queue="high")
+async def test_a_queue_whose_key_is_something_else_is_told_and_stops_no_other(queue: QueueUnderTest) -> None:
+    await queue.submit(id="other", queue="high")
+    await queue.submit(id="waits")
     queue.redis.set(STREAM, "x")
-    with pytest.raises(QueueRefused, match="WRONGTYPE"):
-        await queue.take()
+    assert (await queue.tick()).unusable == ("default",)
+    assert [d.task_id for d in await queue.take()] == ["other"]
+    with pytest.raises(QueueRefused, match="'default' holds something else"):
+        await queue.submit(id="refused")
+    assert queue.record("refused") == {}
     queue.redis.delete(STREAM)
-    assert (await queue.take_one()).task_id == "kept", "and nothing was lost by it"
+    assert (await queue.tick()).unusable == ()
+    assert (await queue.store.audit(LEASE)).put_back == 1
+    assert [d.task_id for d in await queue.take()] == ["waits"], "and nothing was lost by it"
 
 
 async def test_tasks_that_ended_meanwhile_are_skipped(queue: QueueUnderTest) -> None:

@@ -99,7 +99,17 @@ local function reference(id, token)
   return '\1' .. token .. ' ' .. id
 end
 
+-- Whether a queue's key is what it should be. Another program may have made it something else,
+-- and that must stop no other queue.
+local function is_usable(queue)
+  local found = redis.call('TYPE', stream_of(queue)).ok
+  return found == 'none' or found == (are_lists() and 'list' or 'stream')
+end
+
 local function length_of(queue) -- of its stream or list
+  if not is_usable(queue) then
+    return 0
+  end
   return redis.call(are_lists() and 'LLEN' or 'XLEN', stream_of(queue))
 end
 

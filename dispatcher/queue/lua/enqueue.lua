@@ -1,7 +1,8 @@
 -- Accepts tasks. ARGV per task:
 --   id, digest, document, queue, delay_ms, not_before_ms, expires_ms, key, traceparent, tracestate.
 -- Returns per task {verdict, id, limit}: new; known (this task stands already); conflict (another
--- does); full; too_large; unknown_queue. Asking again with the same id is harmless.
+-- does); full; too_large; unknown_queue;
+-- unusable_queue (its key holds something else). Asking again with the same id is harmless.
 
 local limit = limits()
 local FIELDS = 10
@@ -31,6 +32,8 @@ local function accept(id, digest, document, queue, delay, not_before, expires, k
   end
   if not registered(queue) then
     return { 'unknown_queue', id }
+  elseif not is_usable(queue) then
+    return { 'unusable_queue', id }
   end
   if #document > limit.max_bytes then
     return { 'too_large', id, limit.max_bytes }

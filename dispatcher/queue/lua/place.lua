@@ -53,7 +53,7 @@ local verdict = holder and standing(holder) or wanted ~= '' and standing(wanted)
 if verdict then
   return verdict
 end
-if not registered(queue) then
+if not registered(queue) or not is_usable(queue) then
   return { 'unknown_queue', held }
 end
 

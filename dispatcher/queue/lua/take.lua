@@ -237,7 +237,7 @@ end
 
 local queues = {}
 for i = FIRST_QUEUE, #ARGV, 2 do
-  if redis.call('SISMEMBER', PAUSED, ARGV[i]) == 0 then
+  if redis.call('SISMEMBER', PAUSED, ARGV[i]) == 0 and is_usable(ARGV[i]) then
     queues[#queues + 1] = { name = ARGV[i], weight = tonumber(ARGV[i + 1]) }
   end
 end

@@ -4,8 +4,8 @@
 -- ARGV: instance, incarnation, info ('' leaves), lease_ms, group, namespace to use if there is
 --   none, source, daemon ('' while it does not answer), limit, forget_ms, the operator's limits as
 --   JSON, then the queues this instance serves.
--- Returns {verdict, namespace, now, promoted, taken_over, expired, lost, poisoned, next_due}, the
---   last '' if nothing is scheduled. With a verdict other than `ok` nothing was done: `rival`, a
+-- Returns {verdict, namespace, now, promoted, taken_over, expired, lost, poisoned, next_due, unusable},
+--   next_due '' if nothing is scheduled, unusable the queues whose keys hold something else. With a verdict other than `ok` nothing was done: `rival`, a
 --   living instance has the same name; `source`, the queues are of the other kind.
 
 local instance, incarnation, info, lease, group = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
@@ -18,6 +18,9 @@ local now = now_ms()
 
 local function ensure_group(queue)
   if source ~= 'redis-stream' then
+    return
+  end
+  if not is_usable(queue) then
     return
   end
   local reply = redis.pcall('XGROUP', 'CREATE', stream_of(queue), group, '0', 'MKSTREAM')
@@ -277,7 +280,7 @@ local function join()
 end
 
 local function refusal(verdict)
-  return { verdict, redis.call('HGET', META, 'namespace'), now, 0, 0, 0, 0, 0, '' }
+  return { verdict, redis.call('HGET', META, 'namespace'), now, 0, 0, 0, 0, 0, '', {} }
 end
 
 go_on_without_memory()
@@ -300,12 +303,15 @@ if continuous() then
   lost = give_up_lost()
 end
 local expired = expire()
-local promoted, next_due = 0, ''
+local promoted, next_due, unusable = 0, '', {}
 for _, queue in ipairs(all_queues()) do
+  if not is_usable(queue) then
+    unusable[#unusable + 1] = queue
+  end
   promoted = promoted + promote(queue)
   local first = tonumber(redis.call('ZRANGE', due_of(queue), 0, 0, 'WITHSCORES')[2])
   if first and (next_due == '' or first < tonumber(next_due)) then
     next_due = int(first)
   end
 end
-return { 'ok', redis.call('HGET', META, 'namespace'), now, promoted, taken_over, expired, lost, poisoned, next_due }
+return { 'ok', redis.call('HGET', META, 'namespace'), now, promoted, taken_over, expired, lost, poisoned, next_due, unusable }
