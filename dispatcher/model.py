@@ -103,6 +103,8 @@ class Delivery:
     daemon: str = ""
     #: Id of the container that was to be started for this attempt; it may have run.
     container: str = ""
+    #: Seconds since that was recorded to run, by Redis' clock; None if it was not.
+    ran: float | None = None
 
 
 def container_name(namespace: str, task_id: str, attempt: int) -> str:

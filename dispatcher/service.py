@@ -233,6 +233,7 @@ class Dispatcher:
             self.keeper,
             run=pipeline.run,
             may_take=self._until_healthy,
+            can_take=self._is_healthy,
             drain_mode=settings.drain_mode,
             drain_timeout=settings.drain_timeout,
         )
@@ -286,6 +287,9 @@ class Dispatcher:
             log.error("backend.given_up", held=len(self.keeper.held), seconds=round(away))
             for lease in list(self.keeper.held.values()):
                 lease.request(Wish.DETACH)
+
+    def _is_healthy(self) -> bool:
+        return self._healthy.is_set()
 
     async def _until_healthy(self) -> None:
         await self._healthy.wait()

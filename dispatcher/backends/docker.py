@@ -1,6 +1,7 @@
 """Containers on a Docker engine.
 
 The verbs are here; beside it, ``docker_client`` has the engine's client and its threads,
+``docker_containers`` makes, adopts and removes, ``docker_absence`` knows an engine's end,
 ``docker_watcher`` wakes who waits for an end, ``docker_spec`` knows what a container looks
 like, ``docker_streams`` what comes in pieces, and ``docker_errors`` what an error means.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,21 +17,19 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup, TaskStatus
 from docker import APIClient
-from docker.errors import APIError, NotFound
+from docker.errors import APIError
 
 from dispatcher.backends.base import Capabilities, Confirm, OnProgress
-from dispatcher.backends.docker_client import LAUNCH_TIMEOUT, Engine
-from dispatcher.backends.docker_errors import explanation, is_conflict, sort_create, sort_pull, sort_start
+from dispatcher.backends.docker_client import Engine
+from dispatcher.backends.docker_containers import Containers
+from dispatcher.backends.docker_errors import is_conflict, sort_pull
 from dispatcher.backends.docker_spec import (
     NAMESPACE_LABEL,
-    container_config,
     created_handle_of,
     engine_name,
     exit_of,
     handle_of,
     has_ended,
-    needs_image_user,
-    new_handle_of,
     oom_may_follow,
 )
 from dispatcher.backends.docker_streams import OutputPipe, pull, read_log
@@ -44,7 +42,7 @@ from dispatcher.errors import (
     ImageNotFound,
     ImagePullFailed,
 )
-from dispatcher.model import Attempt, Exit, Handle, Health, Phase
+from dispatcher.model import Attempt, Exit, Handle, Health
 
 log = structlog.get_logger(__name__)
 
@@ -63,12 +61,6 @@ KILL_TIMEOUT = 30.0
 #: Seconds for the word that it was for want of memory to follow the word that it was killed:
 #: the engine hears the two in either order, some milliseconds apart on a busy machine.
 OOM_SETTLE = 1.0
-#: Seconds for tidying up behind a launch that is being cancelled.
-TIDY_TIMEOUT = 5.0
-#: How often a launch looks again at a name that changes hands under it, and the seconds
-#: between: in all some 6 s, more than the removal of a container takes.
-_LOOKS = 7
-_LOOK_INTERVAL = 0.05
 
 
 class DockerBackend:
@@ -96,7 +88,7 @@ class DockerBackend:
             base_url=base_url, max_pulls=max_pulls, control_threads=control_threads, log_readers=log_readers
         )
         self._watcher = Watcher(self._engine)
-        self._log_max_bytes = log_max_bytes
+        self._containers = Containers(self._engine, log_max_bytes=log_max_bytes)
         self._daemon = ""
         #: Ids of containers that were told to end by ``stop``, and not waited for since.
         self._stopped: set[str] = set()
@@ -156,108 +148,9 @@ class DockerBackend:
         if not await self.image_present(image):
             raise ImagePullFailed("the engine ended the pull without the image")
 
-    # --- launch -------------------------------------------------------------------------
-
     async def launch(self, attempt: Attempt, confirm: Confirm) -> Handle:
         """See ``Backend.launch``."""
-        image_user = await self._image_user(attempt) if needs_image_user(attempt) else ""
-        config = container_config(attempt, log_max_bytes=self._log_max_bytes, image_user=image_user)
-        replaces: set[str] = set()
-        for look in range(_LOOKS):
-            created = await self._create(attempt, config)
-            if created is not None:
-                return await self._start(replace(created, replaces=frozenset(replaces)), confirm)
-            adopted = await self._adopt(attempt, replaces)
-            if adopted is not None:
-                await confirm(adopted)
-                return adopted
-            # Removed by us or by another, or about to be.
-            await anyio.sleep(_LOOK_INTERVAL * 2**look if look else 0)
-        raise BackendError(f"the name {attempt.name} kept changing hands")
-
-    async def _image_user(self, attempt: Attempt) -> str:
-        image = await self._engine.call(partial(APIClient.inspect_image, image=engine_name(attempt.image)))
-        return str((image.get("Config") or {}).get("User") or "")
-
-    async def _create(self, attempt: Attempt, config: dict[str, Any]) -> Handle | None:
-        """A container of our own; None if the name is taken.
-
-        May have created one also when it raises BackendUnreachable or is cancelled. That one
-        is never started, and the next launch of this attempt removes it.
-        """
-
-        def create(client: Any) -> str | None:
-            try:
-                made = client.create_container_from_config(config, attempt.name)
-            except APIError as error:
-                if is_conflict(error):
-                    return None
-                raise
-            return str(made["Id"])
-
-        container_id = await self._engine.call(create, within=LAUNCH_TIMEOUT, sort=sort_create)
-        return None if container_id is None else new_handle_of(attempt, container_id, self._daemon)
-
-    async def _adopt(self, attempt: Attempt, replaces: set[str]) -> Handle | None:
-        """What bears the attempt's name, if it was ever started; None if the name is free now, or
-        about to be. One that was not started is removed, and its id added to ``replaces``."""
-        try:
-            found = await self._inspect(attempt.name)
-        except ContainerGone:
-            return None
-        handle = handle_of(found, self._daemon, adopted=True)
-        wanted = (attempt.namespace, attempt.task_id, attempt.number)
-        if (handle.namespace, handle.task_id, handle.attempt) != wanted:
-            raise ForeignContainer(f"{attempt.name} is a container of another dispatcher or task")
-        if handle.phase is not Phase.CREATED:
-            return handle
-        # Its creator may be about to start it. Without force this is refused once it runs, and
-        # a start of what is removed is refused as well: exactly one of the two happens.
-        if await self._discard(handle):
-            replaces.add(handle.container_id)
-        return None
-
-    async def _start(self, created: Handle, confirm: Confirm) -> Handle:
-        """Confirm and start what we created; it is removed again unless it ran."""
-        try:
-            await confirm(created)
-        except BaseException:
-            # Also when cancelled. Nobody starts what another created, so this can only be idle.
-            with anyio.move_on_after(TIDY_TIMEOUT, shield=True):
-                await self._discard_quietly(created)
-            raise
-        try:
-            # Not abandoned: once a launch has raised, nothing of it starts any more.
-            await self._engine.call(
-                partial(APIClient.start, container=created.container_id),
-                within=LAUNCH_TIMEOUT,
-                abandon=False,
-                sort=sort_start,
-            )
-        except ContainerGone:
-            raise
-        except BackendError as error:
-            # A refusal, or an answer that got lost: only the engine knows whether it ran.
-            started = await self._look_after_failed_start(created)
-            if started is None:
-                raise
-            log.info("docker.start_answer_lost", container_id=created.container_id, error=str(error))
-            return started
-        return handle_of(await self._inspect(created.container_id), self._daemon)
-
-    async def _look_after_failed_start(self, created: Handle) -> Handle | None:
-        """The container, if it was started nevertheless; else remove it."""
-        for _ in range(2):
-            try:
-                seen = handle_of(await self._inspect(created.container_id), self._daemon)
-            except ContainerGone:
-                return None
-            if seen.phase is not Phase.CREATED:
-                return seen
-            # The engine refuses to remove what a late start has set running: look again.
-            if await self._discard_quietly(created):
-                return None
-        return None
+        return await self._containers.launch(attempt, confirm, self._daemon)
 
     # --- the end ------------------------------------------------------------------------
 
@@ -280,7 +173,7 @@ class DockerBackend:
         while True:
             with self._watcher.watching(handle.container_id) as woken:
                 try:
-                    found = await self._inspect(handle.container_id)
+                    found = await self._containers.inspect(handle.container_id)
                 except ContainerGone:
                     raise
                 except BackendError as error:
@@ -322,32 +215,7 @@ class DockerBackend:
     async def remove(self, handle: Handle) -> None:
         """See ``Backend.remove``."""
         self._stopped.discard(handle.container_id)
-        await self._discard(handle)
-
-    async def _discard(self, handle: Handle) -> bool:
-        """Remove without force. False if the engine refused, because it runs or goes already."""
-
-        def remove(client: APIClient) -> bool:
-            try:
-                client.remove_container(handle.container_id, v=True)
-            except NotFound:
-                return True
-            except APIError as error:
-                if not is_conflict(error):
-                    raise
-                log.info("docker.remove_refused", container_id=handle.container_id, answer=explanation(error))
-                return False
-            return True
-
-        return await self._engine.call(remove, within=LAUNCH_TIMEOUT)
-
-    async def _discard_quietly(self, handle: Handle) -> bool:
-        """As ``_discard``, where another error is already on its way."""
-        try:
-            return await self._discard(handle)
-        except BackendError as error:
-            log.warning("docker.left_behind", container_id=handle.container_id, error=str(error))
-            return False
+        await self._containers.remove(handle)
 
     # --- looking ------------------------------------------------------------------------
 
@@ -359,17 +227,15 @@ class DockerBackend:
             try:
                 # One that hangs in its start can't be inspected, and must not hide the others.
                 handle = created_handle_of(listed, self._daemon)
-                handles.append(handle or handle_of(await self._inspect(listed["Id"]), self._daemon))
+                handles.append(
+                    handle or handle_of(await self._containers.inspect(listed["Id"]), self._daemon)
+                )
             except ContainerGone:
                 continue
             except ForeignContainer:
                 # Somebody else's use of our label; nothing of ours lacks the others.
                 log.warning("docker.labels_incomplete", container_id=listed["Id"])
         return handles
-
-    async def _inspect(self, name_or_id: str) -> dict[str, Any]:
-        inspect = partial(APIClient.inspect_container, container=name_or_id)
-        return dict(await self._engine.call(inspect))
 
     async def logs(self, handle: Handle, *, follow: bool) -> AsyncIterator[bytes]:
         """See ``Backend.logs``. Waits while LOG_READERS others are being read."""

@@ -67,8 +67,8 @@ def absence_of(
     """
     signalled = {container_id for container_id, when in heard if when >= since}
     for event in remembered:
-        if event["timeNano"] / _NANO <= answered:
+        if event.get("timeNano", 0) / _NANO <= answered:
             return None
         if event["Type"] == "container" and event["Action"] == "kill":
-            signalled.add(event["Actor"]["ID"])
+            signalled.add(event.get("Actor", {}).get("ID", ""))
     return Absence(since, until, frozenset(signalled))

@@ -25,6 +25,7 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 
 from dispatcher.backends.docker_errors import LIBRARY_ERRORS, sort_error
+from dispatcher.backends.docker_spec import unix_time
 from dispatcher.errors import BackendError, BackendUnreachable
 
 log = structlog.get_logger(__name__)
@@ -35,6 +36,8 @@ CONNECT_TIMEOUT = 5.0
 CONTROL_TIMEOUT = 30.0
 #: Seconds for a create, start or remove: what kubelet gives its runtime for the same.
 LAUNCH_TIMEOUT = 120.0
+#: The last so many events are all that an engine remembers.
+ENGINE_REMEMBERS = 256
 #: Seconds between two attempts to end a stream, and until one is left to itself.
 _CUT_INTERVAL = 0.01
 _CUT_PATIENCE = 5.0
@@ -220,3 +223,14 @@ class Engine:
             with docker.APIClient(timeout=math.ceil(CONNECT_TIMEOUT), **arguments) as client:
                 self._version = client.api_version
         return {**arguments, "version": self._version}
+
+
+def engine_time(client: Any) -> float:
+    """Unix seconds of the engine's clock."""
+    return unix_time(client.info()["SystemTime"]) or 0.0
+
+
+def events_between(client: Any, since: float, until: float) -> list[dict[str, Any]]:
+    """The events that the engine still knows, of at most ENGINE_REMEMBERS; ``until`` must be past."""
+    # As text: of a number or a datetime the library leaves whole seconds.
+    return list(client.events(since=f"{since:.6f}", until=f"{until:.6f}", decode=True))

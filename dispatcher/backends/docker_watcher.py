@@ -11,6 +11,7 @@ It also keeps in mind when the engine was away: see ``docker_absence``.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from collections import defaultdict, deque
@@ -24,8 +25,14 @@ from anyio import from_thread
 from urllib3.exceptions import ReadTimeoutError
 
 from dispatcher.backends.docker_absence import Absence, absence_of, ended_by_signal
-from dispatcher.backends.docker_client import CONTROL_TIMEOUT, Engine, StreamClient
-from dispatcher.backends.docker_spec import NAMESPACE_LABEL, unix_time
+from dispatcher.backends.docker_client import (
+    CONTROL_TIMEOUT,
+    Engine,
+    StreamClient,
+    engine_time,
+    events_between,
+)
+from dispatcher.backends.docker_spec import NAMESPACE_LABEL
 from dispatcher.errors import BackendError
 from dispatcher.model import Exit
 from dispatcher.retry import RetryPause
@@ -42,6 +49,9 @@ _BACKOFF_INITIAL = 0.1
 _BACKOFF_MAX = 5.0
 #: Seconds until a list is tried again that failed, while somebody waits for it: at first, at most.
 _RELIST_PAUSES = (0.25, 1.0)
+#: Seconds that an end is kept back for want of the engine's events, while it answers otherwise:
+#: then it counts as the program's own.
+JUDGE_TIMEOUT = 30.0
 #: Absences of the engine and signals it sent that are kept in mind. A wait that was told of an
 #: end asks right after the engine is back; who asks later than that is never answered.
 _ABSENCES = 16
@@ -76,6 +86,8 @@ class Watcher:
         #: Once the stream broke, and until it is known whether the engine is still the same: when
         #: it had listed and when it had answered last before.
         self._away: tuple[float, float] | None = None
+        #: The absence that is being judged.
+        self._judged: tuple[float, float] | None = None
         self._absences: deque[Absence] = deque(maxlen=_ABSENCES)
         #: Containers that the engine was heard sending a signal to, and when by its clock.
         self._signals: deque[tuple[str, float]] = deque(maxlen=_SIGNALS)
@@ -105,7 +117,14 @@ class Watcher:
             return False
         suspicious = ended_by_signal(ended) or any(one == container_id for one, _ in self._signals)
         asked = time.monotonic()
+        patience = math.inf
         while self._away is not None or (suspicious and self._listed < asked):
+            if self._listed >= asked:
+                # It is there, and only its events can't be had. An end is not kept back for ever.
+                patience = min(patience, time.monotonic() + JUDGE_TIMEOUT)
+            if time.monotonic() > patience:
+                log.warning("docker.end_not_judged", container_id=container_id)
+                break
             self._relist.set()
             await self._looked.wait()
         return any(absence.explains(container_id, ended) for absence in self._absences)
@@ -121,7 +140,7 @@ class Watcher:
             error = ""
             try:
                 if self._seen is None:
-                    self._seen = int(await self._engine.call(_engine_time))
+                    self._seen = int(await self._engine.call(engine_time))
                 silent = await self._engine.stream(
                     self._read_events, limiter=self._engine.watching, silence=EVENTS_SILENCE
                 )
@@ -129,9 +148,12 @@ class Watcher:
                     continue
             except BackendError as lost:
                 error = str(lost)
+            if not self._failures:
+                # One that is being judged now is another.
+                away = self._away
+                since = self._listed if away is None or away is self._judged else away[0]
+                self._away = since, self._engine.answered
             self._failures += 1
-            if self._away is None:
-                self._away = self._listed, self._engine.answered
             log.warning("docker.events_lost", failures=self._failures, error=error)
             self._engine.forget_version()
             backoff = min(_BACKOFF_MAX, _BACKOFF_INITIAL * 2 ** min(self._failures, 10))
@@ -172,16 +194,16 @@ class Watcher:
             with anyio.move_on_after(RELIST_INTERVAL):
                 await self._relist.wait()
             self._relist = anyio.Event()
-            try:
-                # First: who is woken by the list wants to know.
-                await self._judge_absence()
-                await self._list()
-            except BackendError as error:
-                if not failing:
-                    log.warning("docker.relist_failed", error=str(error))
-                failing = True
-            else:
-                failing = False
+            failed = None
+            # First: who is woken by the list wants to know. The one goes on without the other.
+            for look in (self._judge_absence, self._list):
+                try:
+                    await look()
+                except BackendError as error:
+                    failed = error
+            if failed is not None and not failing:
+                log.warning("docker.relist_failed", error=str(failed))
+            failing = failed is not None
             looked, self._looked = self._looked, anyio.Event()
             looked.set()
             if failing or self._away is not None:
@@ -206,28 +228,19 @@ class Watcher:
         """Find out whether an engine that is back is the one that was there before."""
         if self._away is None or self._failures:
             return
-        listed, answered = self._away
-        now = await self._engine.call(_engine_time)
+        self._judged = listed, answered = self._away
+        now = await self._engine.call(engine_time)
         # To its clock; rather too early, by the time its answer took, than too late.
         ahead = now - time.monotonic()
-        remembered = await self._ask(partial(_remembered, until=now))
+        remembered = await self._ask(partial(events_between, since=0.0, until=now))
         absence = absence_of(
             remembered, since=listed + ahead, answered=answered + ahead, until=now, heard=self._signals
         )
         if absence is not None:
             log.warning("docker.engine_restarted", away_seconds=round(absence.until - absence.since, 3))
             self._absences.append(absence)
-        self._away = None
-
-
-def _engine_time(client: Any) -> float:
-    return unix_time(client.info()["SystemTime"]) or 0.0
-
-
-def _remembered(client: Any, until: float) -> list[dict[str, Any]]:
-    """All events up to ``until``, which must be past, that the engine still knows."""
-    # As text: of a number or a datetime the library leaves whole seconds.
-    return list(client.events(since=0, until=f"{until:.6f}", decode=True))
+        if self._away is self._judged:
+            self._away = None
 
 
 def _running(client: Any) -> set[str]:

@@ -47,16 +47,18 @@ class Intake:
         *,
         run: Callable[[Delivery, Lease], Coroutine[None, None, None]],
         may_take: Callable[[], Awaitable[None]],
+        can_take: Callable[[], bool],
         drain_mode: DrainMode,
         drain_timeout: float,
     ) -> None:
-        """``may_take`` returns as soon as what is taken can also be run; ``drain_timeout`` in
-        seconds."""
+        """``may_take`` returns as soon as what is taken can also be run, and ``can_take`` tells
+        whether it can now; ``drain_timeout`` in seconds."""
         self._source = source
         self._slots = slots
         self._keeper = keeper
         self._run = run
         self._may_take = may_take
+        self._can_take = can_take
         self._drain_mode = drain_mode
         self._drain_timeout = drain_timeout
         self._draining = anyio.Event()
@@ -85,6 +87,9 @@ class Intake:
             # What can't be run here is left to others.
             await self._may_take()
             reserved = await self._slots.reserve()
+            if not self._can_take():  # it went away while all consumers were busy
+                self._slots.settle(0)
+                continue
             taken = 0
             failed = False
             try:

@@ -38,6 +38,7 @@ from dispatcher.errors import (
     BackendError,
     BackendUnreachable,
     ContainerGone,
+    ExpiredTask,
     ImageNotFound,
     LeaseLost,
     QueueError,
@@ -139,7 +140,8 @@ class Pipeline:
             log.exception("task.left_to_its_lease", task_id=lease.task_id, attempt=delivery.attempt)
         finally:
             self._keeper.forget(lease)
-            self._logs.ended(lease.task_id)
+            if lease.task_id not in self._keeper.held:  # else it has come back to us meanwhile
+                self._logs.ended(lease.task_id)
             slot.release()
 
     async def _guarded(self, delivery: Delivery, lease: Lease, slot: Slot) -> Verdict | None:
@@ -229,8 +231,10 @@ class Pipeline:
         failpoints.reach("during_pull", lease.task_id)
         expires = admitted.task.expires_at
         patience = None if expires is None else max(0.0, expires.timestamp() - time.time())
-        with lease.interruptible(), anyio.move_on_after(patience):
+        with lease.interruptible(), anyio.move_on_after(patience) as timer:
             await self._images.pull(admitted.task)
+        if timer.cancelled_caught:
+            raise ExpiredTask("expires_at passed while its image was being pulled")
         check_expiry(admitted.task)
         self._heed(lease, delivery)
         if not await slot.regain(CONSUMER_WAIT):
@@ -312,6 +316,9 @@ class Pipeline:
         started = time.time() if handle.started_at is None else handle.started_at
         # One that was just started has run for no time by our own clock, whatever the engine's says.
         ran = max(0.0, time.time() - started) if handle.adopted else 0.0
+        if delivery.ran is not None:
+            # One of the clocks may have been set since then: nothing is ended by one alone.
+            ran = min(ran, delivery.ran)
         deadline = anyio.current_time() + admitted.grant.timeout - ran
         await self._note(lease, {"started": str(round(started * 1000))})
         failpoints.reach("running", lease.task_id)

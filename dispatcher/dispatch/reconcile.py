@@ -5,9 +5,9 @@ behind (a removal that failed, an engine that was away, an instance that died be
 is cleared up here, by every instance for the daemon it uses. All of it may be done twice: what
 another has removed is gone, and that is what was wanted.
 
-Nothing is done to a container of the attempt its task is at, of a task held here, or of
-another namespace; nothing before it has been seen to be left over for the whole grace; nothing
-while the daemon or Redis does not answer. What runs and has no task is not ours to judge: its
+Nothing is done to a container of the attempt its task is at, of a task held here that Redis
+knows nothing of, or of another namespace; nothing before it has been seen to be left over for
+the whole grace; nothing while the daemon or Redis does not answer. What runs and has no task is not ours to judge: its
 record may have been deleted by mistake, and its work is not. It is reported.
 """
 
@@ -110,7 +110,7 @@ class Reconciler:
         seen = [
             (handle, standing)
             for handle, standing in zip(handles, standings, strict=True)
-            if handle.namespace == self._namespace and handle.task_id not in held
+            if handle.namespace == self._namespace and (standing == "stale" or handle.task_id not in held)
         ]
         self._report([handle for handle, standing in seen if _is_unknown(handle, standing)])
         left = [handle for handle, standing in seen if _is_left_over(handle, standing)]
@@ -159,7 +159,7 @@ class Reconciler:
     async def _is_left_over(self, handle: Handle) -> bool:
         """Ask again, right before an act: the look may be a minute old by then."""
         [standing] = await self._store.standing([(handle.task_id, handle.attempt)])
-        return _is_left_over(handle, standing) and handle.task_id not in self._held()
+        return standing == "stale" or (_is_left_over(handle, standing) and handle.task_id not in self._held())
 
 
 def _is_left_over(handle: Handle, standing: Standing) -> bool:

@@ -102,6 +102,8 @@ class Audited:
 
 #: Where tasks come from: QUEUE_SOURCE.
 SourceKind = Literal["redis-stream", "redis-list"]
+#: How a part of an audit is asked for.
+AuditPace = Literal["begin", "go on", "pace"]
 Action = Literal["final", "retry", "release", "detach"]
 Budget = Literal["app", "infra", "none"]
 Held = Literal["ok", "cancel", "lost"]

@@ -9,7 +9,7 @@ import anyio
 import structlog
 
 from dispatcher.errors import ConfigurationError, Evicted, QueueError
-from dispatcher.queue.exchange import Limits, SourceKind, Tick, new_task_id
+from dispatcher.queue.exchange import AuditPace, Limits, SourceKind, Tick, new_task_id
 from dispatcher.queue.store import Store
 
 log = structlog.get_logger(__name__)
@@ -20,6 +20,9 @@ TICK_SECONDS = 1.0
 TICKS_PER_LEASE = 4
 #: A tick never comes sooner than this after the last, however near the next due task is.
 MIN_TICK_SECONDS = 0.01
+#: Parts of a full audit between two ticks.
+MAX_AUDIT_PARTS = 50
+
 _OTHER_SOURCE = "the queues hold tasks as another kind of source, or other instances use them so"
 
 
@@ -56,6 +59,8 @@ class Recovery:
         self._on_promoted = on_promoted
         self._on_evicted = on_evicted
         self._namespace = ""
+        #: How the next part of the audit is asked for: in a full round without a pause.
+        self._audits: AuditPace = "pace"
         #: Queues whose keys held something else at the last tick.
         self._unusable: tuple[str, ...] = ()
         #: Whether the last tick went through.
@@ -97,12 +102,13 @@ class Recovery:
             pause = uniform(longest / 2, longest)  # noqa: S311 - jitter, not a secret
             try:
                 tick = await self._tick(self._info())
-                # A server that was away may have come back without its last writes.
-                put_back = await self._audit(in_full=not self.healthy)
+                put_back = await self._audit()
             except QueueError as error:
                 if self.healthy:
                     log.warning("redis.away", error=str(error))
                 self.healthy = False
+                # It may come back without its last writes.
+                self._audits = "begin"
                 continue
             if not self.healthy:
                 log.info("redis.back")
@@ -133,14 +139,21 @@ class Recovery:
         if tick.expired:
             log.info("tasks.expired", count=tick.expired)
 
-    async def _audit(self, *, in_full: bool) -> int:
-        """Look through a part of the open tasks, or through all; how many were put back."""
-        part = await self._store.audit(self._lease_seconds, restart=in_full)
-        put_back, vanished = part.put_back, list(part.vanished)
-        while in_full and not part.done:
-            part = await self._store.audit(self._lease_seconds)
+    async def _audit(self) -> int:
+        """Look through some of the open tasks, or more of them in a full round; how many were put back.
+
+        Bounded, so that the next tick comes in time.
+        """
+        put_back, vanished = 0, list[str]()
+        for _ in range(1 if self._audits == "pace" else MAX_AUDIT_PARTS):
+            part = await self._store.audit(self._lease_seconds, self._audits)
             put_back += part.put_back
             vanished += part.vanished
+            if part.done:
+                self._audits = "pace"
+                break
+            if self._audits == "begin":
+                self._audits = "go on"
         if put_back:
             log.error("tasks.were_nowhere", put_back=put_back)
         for task_id in vanished:

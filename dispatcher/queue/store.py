@@ -26,6 +26,7 @@ from dispatcher.queue.batch import Batch
 from dispatcher.queue.connection import command, connect, sorted_errors
 from dispatcher.queue.exchange import (
     Audited,
+    AuditPace,
     Held,
     Limits,
     Placed,
@@ -284,14 +285,13 @@ class Store:
             unusable=tuple(sorted(queue.decode() for queue in unusable)),
         )
 
-    async def audit(self, lease: float, *, restart: bool = False) -> Audited:
+    async def audit(self, lease: float, how: AuditPace = "go on") -> Audited:
         """Look whether some AUDIT_PAGE of the open tasks are where they should be, and put back
         what is nowhere. The next call goes on where this one ended, whichever instance makes it;
-        with ``restart`` from the beginning, unless somebody else began anew within ``lease`` seconds.
+        ``begin`` starts at the beginning, unless somebody else did within ``lease`` seconds;
+        ``pace`` does nothing if somebody audited within a second. Raises QueueUnavailable.
         """
-        done, put_back, *vanished = await self._scripts.call(
-            "audit", [str(AUDIT_PAGE), ms(lease), str(int(restart))]
-        )
+        done, put_back, *vanished = await self._scripts.call("audit", [str(AUDIT_PAGE), ms(lease), how])
         return Audited(bool(done), put_back, tuple(task_id.decode() for task_id in vanished))
 
     # --- scripts ----------------------------------------------------------------------
@@ -355,7 +355,7 @@ def _held(replies: Iterable[bytes]) -> list[Held]:
 
 def _delivery(raw: list[Any]) -> Delivery:
     (task_id, queue, owner, fence, attempt, document, source_id, oversize, traceparent, tracestate) = raw[:10]
-    (accepted, app, infra, cancel, cause, daemon, container, fields) = raw[10:]
+    (accepted, app, infra, cancel, cause, daemon, container, ran, fields) = raw[10:]
     pairs = None if fields == b"" else tuple(zip(fields[::2], fields[1::2], strict=True))
     return Delivery(
         task_id=task_id.decode(),
@@ -376,4 +376,5 @@ def _delivery(raw: list[Any]) -> Delivery:
         cause=cause.decode(),
         daemon=daemon.decode(),
         container=container.decode(),
+        ran=int(ran) / 1000 if ran else None,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from dispatcher.errors import TaskNotFound
+from dispatcher.errors import QueueRefused, TaskNotFound
 from dispatcher.model import Reason, State
 from dispatcher.queue.connection import command, sorted_errors
 from dispatcher.queue.store import Store
@@ -25,6 +25,8 @@ _ENTRY_ID = re.compile(r"([a-z0-9-]{1,24})\.([0-9]{1,19}-[0-9]{1,19})")
 _REFERENCE = re.compile(rb"\x01([0-9]{1,19})-[0-9]{1,19} ")
 #: The last second a datetime can tell. Entry ids and `not_before` may lie beyond it.
 _LAST_SECOND = 253_402_300_799
+#: Redis' answer where another program has made a queue's key something else.
+_OTHER_TYPE = "WRONGTYPE"
 _FIELDS = (
     "state", "queue", "attempt", "reason", "message", "exit_code", "accepted", "started", "finished",
     "due", "instance", "container", "daemon", "traceparent", "cancel", "alias", "takeovers",
@@ -167,7 +169,12 @@ class Views:
                     pipe.zcard(self._keys.of(f"ready:{name}"))
                     pipe.zrange(self._keys.of(f"ready:{name}"), 0, 0, withscores=True)
                     pipe.zcount(self._keys.of(f"index:finished:{name}"), now - 60_000, "+inf")
-                rows = await pipe.execute()
+                rows = await pipe.execute(raise_on_error=False)
+            for i, row in enumerate(rows):  # a queue's key may be something else: see Tick.unusable
+                if isinstance(row, Exception):
+                    if i % 5 > 1 or _OTHER_TYPE not in str(row):
+                        raise row
+                    rows[i] = [] if i % 5 else 0
         held = await self._members("index:leases")
         # Containers that run on without an instance, until one on their daemon adopts them.
         for daemon in await command(self._redis, "ZRANGE", self._keys.of("meta:daemons"), 0, -1):
@@ -217,7 +224,7 @@ class Views:
         match = _ENTRY_ID.fullmatch(task_id)
         if not match or match[1] in RESERVED_QUEUES or await self._store.are_lists():
             return None
-        found = await command(self._redis, "XRANGE", self._keys.queue(match[1]), match[2], match[2])
+        found = await self._entries("XRANGE", match[1], match[2], match[2])
         if not found or b"ref" in found[0][1]:  # it carries a task that has an id of its own
             return None
         return _waiting(match[1], match[2])
@@ -230,11 +237,18 @@ class Views:
         names = [queue] if queue else sorted({DEFAULT_QUEUE, *await self._store.queues()})
         found: list[TaskStatus] = []
         for name in names:
-            entries = await command(
-                self._redis, "XREVRANGE", self._keys.queue(name), "+", "-", "COUNT", limit
-            )
+            entries = await self._entries("XREVRANGE", name, "+", "-", "COUNT", limit)
             found += [_waiting(name, entry.decode()) for entry, fields in entries if b"ref" not in fields]
         return found
+
+    async def _entries(self, range_of: str, queue: str, *bounds: str | int) -> list[Any]:
+        """Of a queue's stream; none if its key is something else."""
+        try:
+            return list(await command(self._redis, range_of, self._keys.queue(queue), *bounds))
+        except QueueRefused as error:
+            if _OTHER_TYPE in str(error):
+                return []
+            raise
 
     async def _indexes(self, state: State | None, queue: str | None) -> Sequence[str]:
         names = [queue] if queue else sorted({DEFAULT_QUEUE, *await self._store.queues()})

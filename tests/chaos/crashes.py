@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import time
 from abc import abstractmethod
 
 from dispatcher.client import State, TaskStatus
 from dispatcher.errors import TaskNotFound
 from tests.chaos.ground import DockerGround
+from tests.chaos.member import END_TIMEOUT, Member
 from tests.chaos.scene import BEYOND, Fault, NotInflicted, Scene
 from tests.chaos.world import AWAY, LEASE
 from tests.cli.program import until
@@ -196,10 +196,16 @@ class StopAt(_AtPoint):
         if scene.hit.alive:
             scene.hit.terminate()
             try:
-                scene.hit.ended()
-            except subprocess.TimeoutExpired:
+                until(lambda: self._gone_on(scene.hit), END_TIMEOUT)
+            except TimeoutError:
                 scene.world.book.lies.append(f"{scene.victim} does not end after SIGTERM")
         super().clear(scene)
+
+    @staticmethod
+    def _gone_on(member: Member) -> bool:
+        """Let it go on, also if it comes to its point only now; whether it has ended."""
+        member.resume()
+        return not member.alive
 
 
 class BlockAt(StopAt):

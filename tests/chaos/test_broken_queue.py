@@ -87,7 +87,7 @@ def told(world: World, event: str) -> list[str]:
 def test_whatever_an_operator_deletes_of_the_stream_submitted_tasks_come_back(tmp_path: Path) -> None:
     """A plain entry lies in the stream alone: with the stream it is gone, and as nobody has read it,
     nobody knows of it. All else heals."""
-    with World(tmp_path, ProcessGround(tmp_path)) as world:
+    with World(tmp_path, ProcessGround(tmp_path), RECONCILE_GRACE="1") as world:
         member = world.member("a", NUM_CONSUMERS="1")
         busy = world.submit(gated(world), endings={"failed:exit:4"})
         begun(world, busy)
@@ -122,7 +122,7 @@ def group_exists(world: World) -> bool:
 
 @pytest.mark.timeout(120)
 def test_while_redis_stands_still_beyond_the_lease_nothing_is_taken_over(tmp_path: Path) -> None:
-    with World(tmp_path, ProcessGround(tmp_path)) as world:
+    with World(tmp_path, ProcessGround(tmp_path), RECONCILE_GRACE="1") as world:
         pair(world, NUM_CONSUMERS="4")
         running = [world.submit(gated(world), endings={"failed:exit:4"}) for _ in range(8)]
         begun(world, *running)
@@ -148,7 +148,7 @@ def calm_is_over(world: World) -> bool:
 
 @pytest.mark.timeout(180)
 def test_a_redis_killed_again_and_again_under_load_loses_nothing(tmp_path: Path) -> None:
-    with World(tmp_path, ProcessGround(tmp_path)) as world:
+    with World(tmp_path, ProcessGround(tmp_path), RECONCILE_GRACE="1") as world:
         pair(world)
         with Producer(world, random.Random(SEED), backlog=24):
             for _ in range(5):

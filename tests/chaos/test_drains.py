@@ -45,7 +45,7 @@ def running(world: World, *task_ids: str) -> None:
 
 @pytest.mark.timeout(180)
 def test_what_runs_when_its_dispatcher_leaves_goes_on_in_every_mode_but_stop(tmp_path: Path) -> None:
-    with World(tmp_path, ProcessGround(tmp_path), LEASE_SECONDS=f"{LEASE:g}") as world:
+    with World(tmp_path, ProcessGround(tmp_path), LEASE_SECONDS=f"{LEASE:g}", RECONCILE_GRACE="1") as world:
         gate = Gate(world)
         modes = {
             # mode, DRAIN_TIMEOUT, how many signals
@@ -139,11 +139,13 @@ def load(world: World, *, backlog: int) -> Iterator[list[str]]:
 
 @pytest.mark.timeout(180)
 def test_a_rolling_restart_fails_repeats_and_takes_over_nothing(tmp_path: Path) -> None:
-    with World(tmp_path, ProcessGround(tmp_path), LEASE_SECONDS="15", DRAIN_TIMEOUT="1") as world:
+    with World(
+        tmp_path, ProcessGround(tmp_path), LEASE_SECONDS="15", DRAIN_TIMEOUT="1", RECONCILE_GRACE="1"
+    ) as world:
         members = [world.member(name, wait=False) for name in ("a", "b", "c")]
         for member in members:
             member.wait_started()
-        with load(world, backlog=24) as ids:
+        with load(world, backlog=16) as ids:
             for member in members:
                 until(lambda: len(world.held(member.instance)) > 1, TIMEOUT)  # noqa: B023 - ends first
                 member.terminate()
@@ -151,5 +153,5 @@ def test_a_rolling_restart_fails_repeats_and_takes_over_nothing(tmp_path: Path) 
                 member.start()
         findings = world.judged()
         assert not findings.broken(), findings
-        assert len(ids) > 24
+        assert len(ids) > 16
         assert {(s.attempt, s.takeovers) for s in map(world.client.status, ids)} == {(1, 0)}

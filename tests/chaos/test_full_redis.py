@@ -41,7 +41,7 @@ def refused(world: World, reason: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_without_memory_what_was_accepted_is_taken_and_ends(tmp_path: Path) -> None:
-    with World(tmp_path, ProcessGround(tmp_path)) as world:
+    with World(tmp_path, ProcessGround(tmp_path), RECONCILE_GRACE="1") as world:
         running, waiting = running_and_waiting(world)
         world.server.command("CONFIG", "SET", "maxmemory", "1")
         refused(world, "out of memory|maxmemory")
@@ -71,7 +71,7 @@ def _bounded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_bounded_files")
 def test_with_a_full_disk_programs_run_on_and_their_ends_are_recorded_later(tmp_path: Path) -> None:
     ground = ProcessGround(tmp_path)
-    with World(tmp_path, ground) as world:
+    with World(tmp_path, ground, RECONCILE_GRACE="1") as world:
         # With `always` Redis ends itself when it can't write, and is as good as killed.
         world.server.command("CONFIG", "SET", "appendfsync", "everysec")
         running, waiting = running_and_waiting(world)

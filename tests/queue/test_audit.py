@@ -7,12 +7,11 @@ import pytest
 from tests.queue.conftest import GROUP, LEASE, QueueUnderTest
 
 
-async def audit(queue: QueueUnderTest, *, restart: bool = False) -> tuple[int, tuple[str, ...]]:
+async def audit(queue: QueueUnderTest) -> tuple[int, tuple[str, ...]]:
     """A whole round."""
     put_back, vanished = 0, list[str]()
     while True:
-        part = await queue.store.audit(LEASE, restart=restart)
-        restart = False
+        part = await queue.store.audit(LEASE)
         put_back += part.put_back
         vanished += part.vanished
         if part.done:
@@ -92,8 +91,8 @@ async def test_it_goes_on_where_the_last_call_ended(queue: QueueUnderTest) -> No
 async def test_only_one_begins_anew_within_a_lease(queue: QueueUnderTest) -> None:
     for n in range(500):
         await queue.submit(id=f"task-{n}")
-    assert not (await queue.store.audit(LEASE, restart=True)).done
-    assert (await queue.store.audit(LEASE, restart=True)).done
+    assert not (await queue.store.audit(LEASE, "begin")).done
+    assert (await queue.store.audit(LEASE, "begin")).done
 
 
 @pytest.mark.source("redis-stream")
@@ -116,3 +115,13 @@ async def test_a_pending_entry_that_was_deleted_does_not_stand_in_the_way(queue:
     queue.ask("XDEL", queue.stream("default"), entry)
     later = queue.xadd('{"image": "busybox"}')
     assert later in [d.task_id for n in range(2) for d in await queue.take(lease=0.0)]
+
+
+async def test_all_instances_together_keep_a_pace(queue: QueueUnderTest) -> None:
+    await queue.submit(id="waiting")
+    queue.redis.delete(queue.stream("default"))
+    await queue.store.audit(LEASE)
+    queue.redis.delete(queue.key("ready:default"))
+    assert (await queue.store.audit(LEASE, "pace")).put_back == 0
+    queue.redis.hset(queue.key("meta:counters"), "audited", queue.now_ms() - 2_000)
+    assert (await queue.store.audit(LEASE, "pace")).put_back == 1

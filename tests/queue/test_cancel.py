@@ -73,6 +73,7 @@ async def test_a_task_in_somebodys_hands_is_asked_of_them(queue: QueueUnderTest)
 async def test_what_an_owner_is_told_is_not_meant_for_the_next(queue: QueueUnderTest) -> None:
     task_id = await queue.submit()
     first = await queue.take_one("b")
+    await queue.renew(first, state="running", daemon="engine-1")
     await queue.store.cancel(task_id)
     queue.lapse(first)
     await queue.tick()
@@ -86,10 +87,21 @@ async def test_what_an_owner_is_told_is_not_meant_for_the_next(queue: QueueUnder
 async def test_a_cancellation_outlives_its_owner(queue: QueueUnderTest) -> None:
     await queue.submit()
     delivery = await queue.take_one()
+    await queue.renew(delivery, state="running", daemon="engine-1")
     await queue.store.cancel(delivery.task_id)
     queue.lapse(delivery)
     await queue.tick("b")
     assert (await queue.take_one("b")).cancelled
+
+
+async def test_what_has_no_container_is_cancelled_by_its_owners_death(queue: QueueUnderTest) -> None:
+    await queue.submit()
+    delivery = await queue.take_one()
+    await queue.store.cancel(delivery.task_id)
+    queue.lapse(delivery)
+    await queue.tick("b")
+    assert [entry["state"] for entry in queue.entries("results")] == [b"cancelled"]
+    assert await queue.take() == []
 
 
 async def test_a_task_whose_container_waits_for_its_daemon(queue: QueueUnderTest) -> None:

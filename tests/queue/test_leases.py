@@ -117,6 +117,7 @@ async def test_a_cancellation_becomes_a_wish(queue: QueueUnderTest) -> None:
 async def test_a_task_cancelled_before_it_was_taken_comes_with_the_wish(queue: QueueUnderTest) -> None:
     keeper = LeaseKeeper(queue.store, SHORT)
     lease = await held(queue, keeper)
+    await lease.mark(State.RUNNING, {"daemon": "engine-1"})
     await queue.store.cancel(lease.task_id)
     await taken_by_another_on(queue, lease)
     assert keeper.hold(await queue.take_one("b")).wish is Wish.CANCEL

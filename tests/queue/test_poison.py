@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dispatcher.model import Delivery, Outcome, Reason, State
 from dispatcher.queue.exchange import Limits
-from tests.queue.conftest import QueueUnderTest
+from tests.queue.conftest import LEASE, QueueUnderTest
 
 LIMITS = Limits(max_deliveries=3)
 
@@ -89,6 +89,16 @@ async def test_a_suspects_container_is_adopted_by_one_that_holds_no_other(queue:
     await suspects(queue, "one", "two", daemon="engine-1")
     assert [d.task_id for d in await queue.take(10, "a")] == ["one"]
     assert [d.task_id for d in await queue.take(10, "b")] == ["two"]
+
+
+async def test_an_owner_that_lives_with_it_clears_it_and_others_need_not_wait(queue: QueueUnderTest) -> None:
+    await suspects(queue, "one", "two")
+    one = await queue.take_one("a")
+    assert await queue.take(10, "a") == []
+    queue.redis.hset(queue.key("task:one"), "taken", queue.now_ms() - 2 * LEASE * 1000)
+    assert await queue.renew(one) == "ok"
+    assert queue.record("one")["deaths"] == "0"
+    assert [d.task_id for d in await queue.take(10, "a")] == ["two"]
 
 
 async def test_its_reason_is_a_dead_letter() -> None:

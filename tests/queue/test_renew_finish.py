@@ -326,3 +326,18 @@ async def test_nothing_follows_an_end(queue: QueueUnderTest) -> None:
     assert await queue.renew(delivery, state="running") == "lost"
     assert queue.record(delivery.task_id) == record
     assert len(queue.entries("results")) == 1
+
+
+async def test_how_long_it_has_run_is_told_by_redis_clock(queue: QueueUnderTest) -> None:
+    await queue.submit(id="runs")
+    delivery = await queue.take_one()
+    assert delivery.ran is None
+    await queue.renew(delivery, state="running", daemon="engine-1", started="5")
+    queue.redis.hset(queue.key("task:runs"), "begun", queue.now_ms() - 4_000)
+    await queue.renew(delivery, state="running", started="5")
+    await queue.finish(delivery, "detach")
+    adopted = await queue.take_one(daemon="engine-1")
+    assert adopted.ran is not None
+    assert 4 <= adopted.ran < 60
+    await queue.finish(adopted, "retry", FAILURE)
+    assert (await queue.take_one()).ran is None

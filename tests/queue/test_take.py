@@ -264,3 +264,16 @@ async def test_out_of_memory_tasks_are_still_taken_renewed_and_ended(queue: Queu
     assert await queue.finish(second, "retry", FAILURE, delay=5, budget="app") == "ok"
     assert (await queue.tick("b")).next_due_ms is not None
     assert (await queue.store.cancel("later"))[0] == "cancelled"
+
+
+async def test_without_queues_only_what_has_a_container_is_given(queue: QueueUnderTest) -> None:
+    for task_id in ("runs", "begun", "waits"):
+        await queue.submit(id=task_id)
+    runs, begun, _ = await queue.take(3)
+    await queue.renew(runs, state="running", daemon="engine-1", container="c0ffee")
+    await queue.renew(begun, state="starting", daemon="engine-1")
+    for delivery in (runs, begun):
+        assert await queue.finish(delivery, "detach") == "ok"
+    (adopted,) = await queue.take(10, queues={}, daemon="engine-1")
+    assert (adopted.task_id, adopted.container) == ("runs", "c0ffee")
+    assert [d.task_id for d in await queue.take(10, daemon="engine-1")] == ["begun"]

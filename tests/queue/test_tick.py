@@ -270,3 +270,31 @@ async def test_a_lease_without_a_record_leaves_nothing_behind(queue: QueueUnderT
     await queue.tick()
     assert queue.members("index:leases") == {}
     assert queue.record("one") == {}
+
+
+async def test_a_small_step_back_of_the_clock_is_no_gap(queue: QueueUnderTest) -> None:
+    await queue.submit()
+    queue.lapse(await queue.take_one())
+    queue.redis.hset(queue.key(META), "last_tick", queue.now_ms() + 500)
+    assert (await queue.tick()).taken_over == 1
+
+
+async def test_leases_are_given_their_own_length_by_whoever_sees_the_clock_set_back(
+    queue: QueueUnderTest,
+) -> None:
+    await queue.tick("patient", lease=120.0)
+    await queue.submit()
+    delivery = await queue.take_one("patient", lease=120.0)
+    queue.redis.hset(queue.key(META), "last_tick", queue.now_ms() + 5_000)
+    await queue.tick("hasty", lease=2.0)
+    assert queue.members("index:leases")[delivery.task_id] > queue.now_ms() + 110_000
+
+
+async def test_a_leap_of_the_clock_forgets_nobody(queue: QueueUnderTest) -> None:
+    await queue.tick("b")
+    long_ago = queue.now_ms() - 10 * LEASE * 1000
+    for name in ("a", "b"):
+        queue.ask("ZADD", queue.key("meta:seen"), long_ago, name)
+    queue.redis.hset(queue.key(META), "last_tick", int(long_ago))
+    await queue.tick("a")
+    assert queue.redis.hkeys(queue.key("meta:instances")) == [b"a", b"b"]

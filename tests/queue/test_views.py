@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from dispatcher.errors import TaskNotFound, UnknownQueue
+from dispatcher.errors import QueueRefused, TaskNotFound, UnknownQueue
 from dispatcher.model import Reason, State
 from dispatcher.queue.views import TaskStatus, Views
 from tests.queue.conftest import FAILURE, POISONED, SUCCESS, QueueUnderTest
@@ -159,6 +159,27 @@ async def test_queues_tell_depth_age_flight_and_rate(queue: QueueUnderTest, view
     assert (found["low"].depth, found["low"].oldest_seconds, found["low"].paused) == (0, None, True)
     await queue.take(queues={"default": 1})
     assert [info.in_flight for info in await views.queues() if info.name == "default"] == [1]
+
+
+async def test_a_queue_whose_key_is_something_else_hides_no_other(
+    queue: QueueUnderTest, views: Views
+) -> None:
+    await queue.submit(id="seen", queue="high")
+    queue.redis.set(queue.stream("default"), "x")
+    assert {q.name: q.depth for q in await views.queues()} == {"default": 0, "high": 1, "low": 0}
+    assert [status.id for status in await views.tasks()] == ["seen"]
+    with pytest.raises(TaskNotFound):
+        await views.task("default.1-1")
+    with pytest.raises(TaskNotFound):
+        await queue.store.cancel("default.1-1")
+    queue.redis.delete(queue.stream("default"))
+
+
+async def test_a_key_of_ours_that_is_something_else_is_told(queue: QueueUnderTest, views: Views) -> None:
+    queue.redis.set(queue.key("ready:low"), "x")
+    with pytest.raises(QueueRefused, match="WRONGTYPE"):
+        await views.queues()
+    queue.redis.delete(queue.key("ready:low"))
 
 
 async def test_only_a_queue_that_is_there_can_be_paused(queue: QueueUnderTest) -> None:

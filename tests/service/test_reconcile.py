@@ -279,21 +279,24 @@ async def test_what_fails_is_tried_again(
     assert all(entry["exc_info"] for entry in mistakes)
 
 
-async def test_a_task_held_here_keeps_its_containers(process_harness: ProcessHarness, store: Store) -> None:
+async def test_a_task_held_here_keeps_its_container_but_not_that_of_an_earlier_attempt(
+    process_harness: ProcessHarness, store: Store
+) -> None:
     backend = process_harness.backend()
     async with running(backend), anyio.create_task_group() as creators:
-        attempt = process_harness.attempt(UNTIL_KILL, task_id=await standing_as(store, "later attempt"))
-        handle = await left_in(Phase.RUNNING, backend, attempt, creators)
-        held = {attempt.task_id}
+        unknown = process_harness.attempt("exit 0", task_id=await standing_as(store, "unknown"))
+        earlier = process_harness.attempt(UNTIL_KILL, task_id=await standing_as(store, "later attempt"))
+        kept = await left_in(Phase.EXITED, backend, unknown, creators)
+        handle = await left_in(Phase.RUNNING, backend, earlier, creators)
+        held = {unknown.task_id, earlier.task_id}
         reconciler = Reconciler(
             backend, store, namespace=handle.namespace, grace=GRACE, held=lambda: held, interval=0.05
         )
         async with reconciling(reconciler):
-            other = process_harness.attempt(UNTIL_KILL, task_id=await standing_as(store, "ended"))
-            await gone(backend, await left_in(Phase.RUNNING, backend, other, creators))
-            assert await phase_of(backend, handle) is Phase.RUNNING
-            held.clear()
             await gone(backend, handle)
+            assert await phase_of(backend, kept) is Phase.EXITED
+            held.clear()
+            await gone(backend, kept)
 
 
 async def test_what_stands_otherwise_after_the_stop_is_not_removed(

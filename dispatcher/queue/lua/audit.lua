@@ -1,23 +1,31 @@
 -- Looks whether every open task is somewhere: in a lease, a queue, a list of ours. What is in
 -- none is put back, as after somebody deleted a stream, or a server lost its last writes.
 -- The cursor is common to all instances, so that they share the work.
--- ARGV: tasks to look at, lease_ms, restart ('1' begins anew unless somebody did within a lease).
+-- ARGV: tasks to look at, lease_ms, how: begin ('begin' anew, unless somebody did within a lease),
+--   go on, or pace (nothing if somebody audited within a second).
 -- Returns {done, put_back, ids…}: done is 1 when the round is at its end; put_back of the tasks were
 --   put back; the ids are those that had no record any more, and are lost.
 
-local count, lease, restart = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
+local count, lease, how = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local PACE = 1000 -- milliseconds between two calls of all instances together
 local PAGE = 500 -- elements of a list read at once: others' documents may be among them
 local now = now_ms()
 local cursor = redis.call('HGET', META, 'audit_cursor') or '0'
+local at_once = cursor == '0' -- whether this call looks at all open tasks, if it comes to the end
 go_on_without_memory()
 
-if restart then
+local audited = tonumber(redis.call('HGET', META, 'audited') or 0)
+if how == 'pace' and math.abs(now - audited) < PACE then
+  return { 0, 0 }
+end
+redis.call('HSET', META, 'audited', int(now))
+if how == 'begin' then
   local before = tonumber(redis.call('HGET', META, 'audit_restarted') or 0)
   if math.abs(now - before) < lease then
     return { 1, 0 }
   end
   redis.call('HSET', META, 'audit_restarted', int(now))
-  cursor = '0'
+  cursor, at_once = '0', true
 end
 
 -- A list can't be asked for one element: only that fewer are there than were put in tells that
@@ -47,6 +55,8 @@ end
 local function in_queue(id, queue, entry)
   if entry == '' then
     return false
+  elseif not is_usable(queue) then
+    return true -- it is looked for when there is a queue again
   elseif are_lists() then
     local elements = elements_of(queue)
     return not elements or elements[reference(id, entry)] or false
@@ -90,6 +100,18 @@ for i = 1, #page[2], 2 do
         redis.call('HINCRBY', META, 'references:' .. r.queue, -1)
       end
       put_back(id)
+    end
+  end
+end
+if at_once and page[1] == '0' and put_back_count == 0 then
+  -- Some were taken away behind our back, records and all: what is there counts from now on.
+  for queue, elements in pairs(present) do
+    if elements then
+      local count_of = 0
+      for _ in pairs(elements) do
+        count_of = count_of + 1
+      end
+      redis.call('HSET', META, 'references:' .. queue, count_of)
     end
   end
 end

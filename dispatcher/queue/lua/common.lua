@@ -139,6 +139,9 @@ end
 -- Takes a task that nobody holds out of wherever it waits.
 local function withdraw(id)
   local r = fields_of(id, 'queue', 'entry', 'daemon')
+  if not is_usable(r[1]) then
+    r[2] = '' -- whatever is there, it is no entry
+  end
   if r[2] ~= '' and are_lists() then
     redis.call('LREM', stream_of(r[1]), -1, reference(id, r[2]))
     redis.call('HINCRBY', META, 'references:' .. r[1], -1) -- also if somebody deleted the list

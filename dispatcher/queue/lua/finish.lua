@@ -39,7 +39,7 @@ local function settle(id, owner, action, state, reason, message, exit_code, star
     redis.call('HINCRBY', record_key(id), budget, 1)
   end
   if action ~= 'detach' then
-    redis.call('HDEL', record_key(id), 'daemon', 'container', 'cause')
+    redis.call('HDEL', record_key(id), 'daemon', 'container', 'cause', 'begun')
   end
   if action == 'retry' then
     redis.call('HINCRBY', record_key(id), 'attempt', 1)

@@ -8,7 +8,7 @@
 local held, owner, wanted, digest, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local delay, not_before, expires, key = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9]
 
-local r = fields_of(held, 'owner', 'queue', 'accepted')
+local r = fields_of(held, 'owner', 'queue', 'accepted', 'cancel')
 
 -- What this very call answered before, if its reply was lost.
 local function repeated()
@@ -65,6 +65,10 @@ if wanted ~= '' and wanted ~= held then
   redis.call('ZREM', LEASES, held)
   redis.call('ZADD', OPEN, r[3], id)
   redis.call('ZREM', OPEN, held)
+  local instance = string.match(owner, '^(.*)/[^/]*/[^/]*$')
+  if redis.call('HGET', SUSPECTS, instance) == held then
+    redis.call('HSET', SUSPECTS, instance, id)
+  end
 end
 redis.call('HSET', record_key(id), 'digest', digest, 'queue', queue, 'key', key, 'expires', expires)
 if key ~= '' then
@@ -72,6 +76,11 @@ if key ~= '' then
 end
 
 local due = math.max(not_before, tonumber(r[3]) + delay)
+if (due > now_ms() or queue ~= r[2]) and r[4] ~= '' then
+  disown(id, owner)
+  close(id, { state = 'cancelled', message = 'cancelled before it started' })
+  return { 'moved', id }
+end
 if due > now_ms() then
   disown(id, owner)
   watch_expiry(id)

@@ -37,14 +37,15 @@ local function revive(entry, id, digest, document, queue, expires)
     return { 'full', id, limit.max_length }
   end
   local now = int(now_ms())
+  local original = letter.id or '' -- none in what somebody put there by hand
   redis.call('HSET', record_key(id), 'doc', document, 'digest', digest, 'queue', queue, 'accepted', now,
     'attempt', '1', 'key', '', 'traceparent', letter.traceparent or '',
-    'tracestate', fields_of(letter.id, 'tracestate')[1], 'expires', expires, 'retry_of', letter.id)
+    'tracestate', fields_of(original, 'tracestate')[1], 'expires', expires, 'retry_of', original)
   redis.call('ZADD', OPEN, now, id)
   watch_expiry(id)
   append(id, queue)
-  if redis.call('EXISTS', record_key(letter.id)) == 1 then
-    redis.call('HSET', record_key(letter.id), 'retried_as', id)
+  if redis.call('EXISTS', record_key(original)) == 1 then
+    redis.call('HSET', record_key(original), 'retried_as', id)
   end
   redis.call('XDEL', DEAD, entry)
   return { 'new', id }

@@ -1,16 +1,19 @@
 -- Gives up to n tasks to one instance: read, acknowledged, deleted, recorded and leased in
 -- this one step, so that a task is always either waiting or in somebody's hands.
 -- ARGV: group, instance, incarnation, lease_ms, n, daemon, then queue, weight, …
+-- Without queues it gives only what has a container on the daemon.
 -- Order: the daemon's inbox; then the queues by weight. In a queue's turn what came back
 -- (`ready`) goes first, by time of acceptance, and then its stream.
 -- A task that killed its owners is given only to an instance that holds no other such one.
 -- Returns per task {id, queue, owner, fence, attempt, document, source, oversize, traceparent,
---   tracestate, accepted, app_failures, infra_failures, cancel, cause, daemon, container, fields};
---   `fields` is the raw entry of a task that nobody has validated yet, else ''.
+--   tracestate, accepted, app_failures, infra_failures, cancel, cause, daemon, container, ran, fields};
+--   `fields` is the raw entry of a task that nobody has validated yet, else ''; `ran` milliseconds since the
+--   container was known to run, '' if it was not.
 
 local group, instance, incarnation = ARGV[1], ARGV[2], ARGV[3]
 local lease, wanted, daemon = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local FIRST_QUEUE = 7
+local adopting = #ARGV < FIRST_QUEUE -- takes only what may run already
 local MAX_TRACESTATE = 512 -- what W3C Trace Context asks everybody to carry
 local MAX_UNPACK = 1000 -- Lua's stack holds less than 8000 values
 local SUSPICIOUS = 2 -- owners that a task must have killed until it is kept from others like it
@@ -18,14 +21,18 @@ local max_bytes, lists = limits().max_bytes, are_lists()
 local now = now_ms()
 local ENTRY_FIELDS = { task = true, traceparent = true, tracestate = true }
 local taken = {}
-local set_aside = {} -- suspects that this instance must not take now, to be put back
+local set_aside = {} -- what this instance must not take now, to be put back
 go_on_without_memory()
+
+local function is_suspicious(deaths)
+  return tonumber(deaths ~= '' and deaths or 0) >= SUSPICIOUS
+end
 
 -- Whether this instance holds a suspect.
 local function holds_suspect()
   local id = redis.call('HGET', SUSPECTS, instance)
-  local r = id and fields_of(id, 'owner', 'instance')
-  return r and r[1] ~= '' and r[2] == instance
+  local r = id and fields_of(id, 'owner', 'instance', 'deaths')
+  return r and r[1] ~= '' and r[2] == instance and is_suspicious(r[3])
 end
 
 local function hold(id)
@@ -40,13 +47,13 @@ end
 local function give(id, fields)
   local owner, fence = hold(id)
   local r = fields_of(id, 'queue', 'attempt', 'doc', 'source', 'traceparent', 'tracestate', 'accepted',
-    'app', 'infra', 'cancel', 'cause', 'daemon', 'container', 'oversize', 'digest', 'odd')
+    'app', 'infra', 'cancel', 'cause', 'daemon', 'container', 'oversize', 'digest', 'odd', 'begun')
   if not fields and r[15] == '' and r[14] == '' then
     -- Whoever took this plain entry first died before it was validated.
     fields = r[16] ~= '' and { r[3], '' } or { 'task', r[3] }
   end
   taken[#taken + 1] = { id, r[1], owner, fence, r[2], fields and '' or r[3], r[4], r[14] ~= '' and r[14] or 0,
-    r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], r[13], fields or '' }
+    r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], r[13], r[17] ~= '' and int(now - r[17]) or '', fields or '' }
 end
 
 -- The first that still wants to be taken; a record that ended or vanished meanwhile is skipped.
@@ -54,10 +61,10 @@ local function take_from(set)
   repeat
     local popped = redis.call('ZPOPMIN', set)
     local id = popped[1]
-    local r = id and fields_of(id, 'state', 'owner', 'deaths')
+    local r = id and fields_of(id, 'state', 'owner', 'deaths', 'container')
     if r and r[1] ~= '' and not ENDED[r[1]] and r[2] == '' then
-      local suspicious = tonumber(r[3] ~= '' and r[3] or 0) >= SUSPICIOUS
-      if suspicious and holds_suspect() then
+      local suspicious = is_suspicious(r[3])
+      if adopting and r[4] == '' or suspicious and holds_suspect() then
         set_aside[#set_aside + 1] = { set, popped[2], id }
       else
         if suspicious then

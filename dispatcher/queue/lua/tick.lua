@@ -11,6 +11,7 @@
 local instance, incarnation, info, lease, group = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local source, daemon, limit, forget = ARGV[7], ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
 local FIRST_QUEUE = 12
+local STEP = 1000 -- milliseconds a clock may be set back without anybody minding
 local INSTANCES = BASE .. 'meta:instances'
 local INCARNATIONS = BASE .. 'meta:incarnations'
 local SEEN = BASE .. 'meta:seen'
@@ -49,19 +50,21 @@ end
 local function continuous()
   local last = tonumber(redis.call('HGET', META, 'last_tick') or now)
   redis.call('HSET', META, 'last_tick', int(now))
-  if now < last then
+  local longest = tonumber(redis.call('HGET', META, 'longest_lease') or lease)
+  local set_back = now < last - STEP
+  if set_back then
     for _, id in ipairs(redis.call('ZRANGE', LEASES, 0, -1)) do
-      redis.call('ZADD', LEASES, int(now + lease), id)
+      redis.call('ZADD', LEASES, int(now + longest), id)
     end
     for _, name in ipairs(redis.call('ZRANGE', DAEMONS, 0, -1)) do
       redis.call('ZADD', DAEMONS, int(now), name)
     end
   end
-  if now < last or now - last > lease / 2 then
-    redis.call('HSET', META, 'calm_until', int(now + lease), 'gap_ended', int(now))
+  if set_back or now - last > lease / 2 then
+    redis.call('HSET', META, 'calm_until', int(now + longest), 'gap_ended', int(now))
   end
   local calm_until = tonumber(redis.call('HGET', META, 'calm_until') or 0)
-  return now >= calm_until or calm_until > now + lease
+  return now >= calm_until or calm_until > now + longest
 end
 
 local function promote(queue)
@@ -79,7 +82,9 @@ end
 -- affair, and is watched again when it comes back.
 local function expire()
   local expired = 0
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRES, '-inf', int(now), 'LIMIT', 0, limit)) do
+  -- To take one out of a list, the list is looked through.
+  local most = are_lists() and 25 or limit
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRES, '-inf', int(now), 'LIMIT', 0, most)) do
     redis.call('ZREM', EXPIRES, id)
     local r = fields_of(id, 'state', 'owner', 'daemon', 'expires')
     if r[1] ~= '' and not ENDED[r[1]] and r[2] == '' and r[3] == '' then
@@ -115,7 +120,7 @@ local function take_over()
   local poisoned = 0
   for i = 1, #lapsed, 2 do
     local id = lapsed[i]
-    local r = fields_of(id, 'owner', 'taken', 'cancel')
+    local r = fields_of(id, 'owner', 'taken', 'cancel', 'daemon')
     if r[1] == '' then
       redis.call('ZREM', LEASES, id) -- somebody deleted its record
     else
@@ -130,6 +135,8 @@ local function take_over()
           close(id, { state = 'failed', reason = 'poison', message = message, dead = true })
         end
         poisoned = poisoned + 1
+      elseif r[3] ~= '' and r[4] == '' then
+        close(id, { state = 'cancelled', message = 'cancelled before it started' })
       else
         watch_expiry(id)
         put_back(id)
@@ -147,7 +154,7 @@ local function lose(id, absence, limit_of_infra)
     return 0
   end
   local message = 'no instance has been on its daemon ' .. r[5] .. ' for ' .. int(absence / 1000) .. ' s'
-  redis.call('HDEL', record_key(id), 'daemon', 'container', 'cause')
+  redis.call('HDEL', record_key(id), 'daemon', 'container', 'cause', 'begun')
   if r[3] ~= '' then
     close(id, { state = 'cancelled', started = r[6], message = 'cancelled; ' .. message })
   elseif tonumber(r[4] ~= '' and r[4] or 0) + 1 < limit_of_infra then
@@ -223,6 +230,8 @@ local function put_back_all_waiting()
   end
 end
 
+local function ignore() end
+
 -- Makes the queues lists or streams, as this instance is told; false if they hold tasks as
 -- something else, or others live by that. While nobody had told it, clients' tasks went to streams.
 local function agree_on_source()
@@ -245,7 +254,7 @@ local function agree_on_source()
         if pass == 2 then
           each_reference(key, put_back)
           redis.call('DEL', key)
-        elseif redis.call('XLEN', key) > 0 and (before or not each_reference(key, type)) then
+        elseif redis.call('XLEN', key) > 0 and (before or not each_reference(key, ignore)) then
           return false
         end
       elseif found ~= 'none' and found ~= type_of then
@@ -271,6 +280,8 @@ local function join()
   for name, value in pairs(cjson.decode(ARGV[11])) do
     redis.call('HSET', META, name, int(value))
   end
+  local longest = tonumber(redis.call('HGET', META, 'longest_lease') or 0)
+  redis.call('HSET', META, 'longest_lease', int(math.max(longest, lease)))
   redis.call('HSET', INSTANCES, instance, info)
   redis.call('HSET', INCARNATIONS, instance, incarnation)
   redis.call('ZADD', SEEN, int(now), instance)
@@ -294,11 +305,11 @@ elseif not agree_on_source() then
 else
   join()
 end
-for _, name in ipairs(redis.call('ZRANGEBYSCORE', SEEN, '-inf', int(now - forget), 'LIMIT', 0, limit)) do
-  forget_instance(name)
-end
 local taken_over, poisoned, lost = 0, 0, 0
 if continuous() then
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', SEEN, '-inf', int(now - forget), 'LIMIT', 0, limit)) do
+    forget_instance(name)
+  end
   taken_over, poisoned = take_over()
   lost = give_up_lost()
 end
