@@ -7,8 +7,9 @@ another has removed is gone, and that is what was wanted.
 
 Nothing is done to a container of the attempt its task is at, of a task held here that Redis
 knows nothing of, or of another namespace; nothing before it has been seen to be left over for
-the whole grace; nothing while the daemon or Redis does not answer. What runs and has no task is not ours to judge: its
-record may have been deleted by mistake, and its work is not. It is reported.
+the whole grace; nothing while the daemon or Redis does not answer. What runs and has no task
+is not ours to judge: its record may have been deleted by mistake, and its work is not. It is
+reported.
 """
 
 from __future__ import annotations
