@@ -12,10 +12,8 @@ from dispatcher.errors import (
     DispatcherError,
     ExpiredTask,
     InvalidTask,
-    QueueFull,
     TaskNotFound,
     TaskRefused,
-    UnknownQueue,
 )
 from dispatcher.queue.connection import command, sorted_errors
 from dispatcher.queue.exchange import ms
@@ -55,6 +53,7 @@ class DeadLetters:
     """
 
     def __init__(self, store: Store) -> None:
+        self._store = store
         self._redis = store.redis
         self._keys = store.keys
         self._key = store.keys.of("dead")
@@ -162,15 +161,11 @@ class DeadLetters:
             match verdict.decode():
                 case "new" | "known":
                     told[letter.entry_id] = task_id.decode()
-                case "full":
-                    why = f"queue {task.queue!r} is full: {limit[0]} tasks wait (QUEUE_MAX_LENGTH)"
-                    told[letter.entry_id] = QueueFull(f"dead letter {letter.id}: {why}")
-                case "too_large":
-                    why = f"the document is larger than {limit[0]} bytes (TASK_MAX_BYTES)"
-                    told[letter.entry_id] = InvalidTask(f"dead letter {letter.id}: {why}")
-                case "unknown_queue":
-                    why = f"queue: no instance serves {task.queue!r}"
-                    told[letter.entry_id] = UnknownQueue(f"dead letter {letter.id}: {why}")
+                case "gone":  # somebody else was faster
+                    pass
+                case refused:
+                    error = await self._store.refusal(refused, task.queue, *limit or [0])
+                    told[letter.entry_id] = type(error)(f"dead letter {letter.id}: {error}")
         return told
 
     async def _retried_before(self, wanted: str) -> str | DispatcherError:

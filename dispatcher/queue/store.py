@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from dispatcher.errors import (
+    DispatcherError,
     InvalidTask,
     QueueFull,
     QueueRefused,
@@ -115,7 +116,8 @@ class Store:
     async def enqueue(self, submission: Submission) -> str:
         """Accept a task; returns the id of the task that stands for it.
 
-        Raises TaskConflict, QueueFull, UnknownQueue, InvalidTask (too large), QueueUnavailable.
+        Raises TaskConflict, QueueFull, UnknownQueue, InvalidTask (too large), QueueRefused,
+        QueueUnavailable.
         """
         verdict, task_id, limit = await self._enqueues.call(submission)
         match verdict:
@@ -125,19 +127,21 @@ class Store:
                 raise TaskConflict(
                     f"task {task_id} stands with other content under this id or idempotency key"
                 )
-            case "full":
-                raise QueueFull(
-                    f"queue {submission.task.queue!r} is full: {limit} tasks wait (QUEUE_MAX_LENGTH)"
-                )
-            case "unusable_queue":
-                raise QueueRefused(f"the key of queue {submission.task.queue!r} holds something else")
-            case "too_large":
-                raise InvalidTask(f"the document is larger than {limit} bytes (TASK_MAX_BYTES)")
             case _:
-                known = sorted({DEFAULT_QUEUE, *await self.queues()})
-                raise UnknownQueue(
-                    f"queue: no instance serves {submission.task.queue!r}; known queues: {', '.join(known)}"
-                )
+                raise await self.refusal(verdict, submission.task.queue, limit)
+
+    async def refusal(self, verdict: str, queue: str, limit: int) -> DispatcherError:
+        """What a script means that takes no task for ``queue``; see ``refusal_of`` in common.lua."""
+        match verdict:
+            case "full":
+                return QueueFull(f"queue {queue!r} is full: {limit} tasks wait (QUEUE_MAX_LENGTH)")
+            case "unusable_queue":
+                return QueueRefused(f"the key of queue {queue!r} holds something else")
+            case "too_large":
+                return InvalidTask(f"the document is larger than {limit} bytes (TASK_MAX_BYTES)")
+            case _:
+                known = ", ".join(sorted({DEFAULT_QUEUE, *await self.queues()}))
+                return UnknownQueue(f"queue: no instance serves {queue!r}; known queues: {known}")
 
     async def cancel(self, task_id: str) -> tuple[Literal["ended", "cancelled", "requested"], str]:
         """Cancel a task in whatever phase it is; returns what became of that, and its state.

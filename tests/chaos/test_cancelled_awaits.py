@@ -30,7 +30,7 @@ LEASE = 1.0
 #: Deliveries at the same time.
 CONSUMERS = 8
 #: Suspensions that are tried for each kind of task: more than a run of it has.
-MOST = {"exits": 60, "late": 100, "plain": 60}
+MOST = {"exits": 50, "late": 75, "plain": 55}
 
 Run = Callable[[Delivery, Lease], Coroutine[None, None, None]]
 

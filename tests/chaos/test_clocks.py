@@ -140,7 +140,7 @@ def test_when_the_clock_of_a_dispatcher_jumps_nothing_is_taken_over(clock: Clock
     "hours",
     [
         pytest.param(1, id="ahead"),
-        pytest.param(-1, id="behind"),
+        pytest.param(-1, id="behind", marks=pytest.mark.slow),
     ],
 )
 def test_whose_clock_is_wrong_adopts_what_runs_and_does_not_end_it(

@@ -115,6 +115,7 @@ async def test_a_consumer_stays_while_entries_are_pending_on_it(redis_server: Re
         crowd.redis.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_processes_that_are_killed_one_after_the_other_leave_no_trace(tmp_path: Path) -> None:
     with World(tmp_path, ProcessGround(tmp_path), LEASE_SECONDS="1", RECONCILE_GRACE="1") as world:

@@ -21,7 +21,7 @@ from tests.support.engine import EngineUnderTest
 #: Where a stopped owner could start, or write, what is another's by now.
 ZOMBIES = ("before_create", "after_create", "before_start", "running", "after_exit", "before_finish")
 #: Seconds that a blocked dispatcher does nothing: others must have noticed meanwhile.
-BLOCKED = 3.5 * LEASE
+BLOCKED = 5 * LEASE
 
 
 def died(victim: Member) -> bool:

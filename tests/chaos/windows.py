@@ -168,11 +168,11 @@ class Trial:
     def zombies_know(self) -> None:
         """Each victim that has gone on has noticed that its task is another's, and changed nothing."""
         for window in self.windows:
+            assert window.before is not None
+            assert window.before.instance == self.survivor.instance, f"{window.name}: nobody took it over"
             until(
                 lambda: any(word in window.victim.stderr for word in ("lease.lost", "task.lost_to_another")),  # noqa: B023 - ends first
                 TIMEOUT,
-                what=f"{window.name} does not notice",
+                what=f"{window.name} does not notice: {window.victim.stderr[-2000:]}",
             )
             assert self._status(window.task_id) == window.before
-            assert window.before is not None
-            assert window.before.instance == self.survivor.instance

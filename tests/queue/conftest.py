@@ -162,6 +162,20 @@ class QueueUnderTest:
         (delivery,) = await self.take(1, instance, **more)
         return delivery
 
+    async def submit_in(self, phase: str, task_id: str) -> None:
+        """A task that is waiting, held, scheduled, ready, in the inbox of engine-9, or ended."""
+        await self.submit(id=task_id)
+        if phase == "waiting":
+            return
+        held = await self.take_one()
+        if phase == "inbox":
+            await self.renew(held, state="running", daemon="engine-9")
+        if phase == "ended":
+            await self.finish(held)
+        elif phase != "held":
+            action: Action = "detach" if phase == "inbox" else "release"
+            await self.finish(held, action, delay=60 if phase == "scheduled" else 0)
+
     async def renew(self, delivery: Delivery, **fields: str) -> str:
         return await self.store.renew(delivery.task_id, delivery.owner, LEASE, fields)
 

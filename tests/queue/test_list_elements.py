@@ -9,7 +9,7 @@ import pytest
 
 from dispatcher.errors import InvalidTask, TaskNotFound
 from dispatcher.model import Delivery
-from dispatcher.queue.exchange import Action, Limits
+from dispatcher.queue.exchange import Limits
 from dispatcher.queue.views import Views
 from dispatcher.queue.wire import parse_delivery
 from dispatcher.task import Task
@@ -147,16 +147,7 @@ async def test_an_element_of_exactly_the_limit_is_read(queue: QueueUnderTest) ->
 async def test_a_reference_that_is_not_ours_does_nothing_to_the_task(
     queue: QueueUnderTest, phase: str
 ) -> None:
-    await queue.submit(id="mine")
-    if phase != "waiting":
-        held = await queue.take_one()
-        if phase == "inbox":
-            await queue.renew(held, state="running", daemon="engine-9")
-        if phase == "ended":
-            await queue.finish(held)
-        elif phase != "held":
-            action: Action = "detach" if phase == "inbox" else "release"
-            await queue.finish(held, action, delay=60 if phase == "scheduled" else 0)
+    await queue.submit_in(phase, "mine")
     before = queue.record("mine"), references(queue)
     queue.push(b"\x011-1 mine", queue="high")
     delivery = await queue.take_one("b", queues={"high": 1})

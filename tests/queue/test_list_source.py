@@ -114,14 +114,15 @@ async def test_a_paused_queue_makes_no_busy_loop(
     queue.push(*numbered(50))
     await queue.store.pause("default", paused=True)
     queue.ask("CONFIG", "RESETSTAT")
-    rounds = 5
+    rounds = 10
     async with listening(source):
         await source.wait()
         began = time.monotonic()
         for _ in range(rounds):
             assert await source.take(5) == []
             await source.wait()
-    assert time.monotonic() - began > rounds * 0.09, "a look that found nothing is followed by a pause"
+    # A look without a ring may be followed by one that the ring just missed; both come each 0.1 s at most.
+    assert time.monotonic() - began > 0.3, "a look that found nothing is followed by a pause"
     assert queue.calls("blmove") <= rounds + 2 * len(WEIGHTS)
     await queue.store.pause("default", paused=False)
 

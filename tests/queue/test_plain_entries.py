@@ -8,7 +8,7 @@ import pytest
 
 from dispatcher.errors import InvalidTask
 from dispatcher.model import Delivery
-from dispatcher.queue.exchange import Action, Limits
+from dispatcher.queue.exchange import Limits
 from dispatcher.queue.wire import parse_delivery
 from dispatcher.task import Task
 from tests.queue.conftest import POISONED, QueueUnderTest
@@ -133,16 +133,7 @@ async def test_an_entry_of_a_great_many_fields_is_one_task(queue: QueueUnderTest
 async def test_a_reference_that_is_not_ours_does_nothing_to_the_task_and_is_told(
     queue: QueueUnderTest, phase: str
 ) -> None:
-    await queue.submit(id="mine")
-    if phase != "waiting":
-        held = await queue.take_one()
-        if phase == "inbox":
-            await queue.renew(held, state="running", daemon="engine-9")
-        if phase == "ended":
-            await queue.finish(held)
-        elif phase != "held":
-            action: Action = "detach" if phase == "inbox" else "release"
-            await queue.finish(held, action, delay=60 if phase == "scheduled" else 0)
+    await queue.submit_in(phase, "mine")
     before = queue.record("mine")
     forged = queue.xadd({"ref": "mine"}, "high")
     delivery = await queue.take_one("b", queues={"high": 1})

@@ -249,3 +249,29 @@ local function close(id, e)
     redis.call('PEXPIRE', BASE .. 'key:' .. r[5], int(limit.retention))
   end
 end
+
+-- Why a queue takes no such task now: a verdict and the limit it rests on; nil if it does.
+local function refusal_of(queue, document)
+  local limit = limits()
+  if not registered(queue) then
+    return 'unknown_queue'
+  elseif not is_usable(queue) then
+    return 'unusable_queue'
+  elseif #document > limit.max_bytes then
+    return 'too_large', limit.max_bytes
+  end
+  local waiting = length_of(queue) + redis.call('ZCARD', ready_of(queue)) + redis.call('ZCARD', due_of(queue))
+  if limit.max_length > 0 and waiting >= limit.max_length then
+    return 'full', limit.max_length
+  end
+end
+
+-- Writes the record of a task that is accepted now; `fields` are further ones, in pairs.
+local function record(id, document, digest, queue, expires, fields)
+  local now = int(now_ms())
+  redis.call('HSET', record_key(id), 'doc', document, 'digest', digest, 'queue', queue, 'accepted', now,
+    'attempt', '1', 'expires', expires, unpack(fields))
+  redis.call('ZADD', OPEN, now, id)
+  watch_expiry(id)
+  return tonumber(now)
+end

@@ -1,10 +1,8 @@
 -- Accepts tasks. ARGV per task:
 --   id, digest, document, queue, delay_ms, not_before_ms, expires_ms, key, traceparent, tracestate.
 -- Returns per task {verdict, id, limit}: new; known (this task stands already); conflict (another
--- does); full; too_large; unknown_queue;
--- unusable_queue (its key holds something else). Asking again with the same id is harmless.
+-- does); or why its queue takes no task. Asking again with the same id is harmless.
 
-local limit = limits()
 local FIELDS = 10
 
 local function standing(id, digest)
@@ -30,24 +28,12 @@ local function accept(id, digest, document, queue, delay, not_before, expires, k
   if verdict then
     return verdict
   end
-  if not registered(queue) then
-    return { 'unknown_queue', id }
-  elseif not is_usable(queue) then
-    return { 'unusable_queue', id }
+  local refused, limit = refusal_of(queue, document)
+  if refused then
+    return { refused, id, limit }
   end
-  if #document > limit.max_bytes then
-    return { 'too_large', id, limit.max_bytes }
-  end
-  local waiting = length_of(queue) + redis.call('ZCARD', ready_of(queue))
-    + redis.call('ZCARD', due_of(queue))
-  if limit.max_length > 0 and waiting >= limit.max_length then
-    return { 'full', id, limit.max_length }
-  end
-  local now = now_ms()
-  redis.call('HSET', record_key(id), 'doc', document, 'digest', digest, 'queue', queue, 'accepted', int(now),
-    'attempt', '1', 'key', key, 'traceparent', traceparent, 'tracestate', tracestate, 'expires', expires)
-  redis.call('ZADD', OPEN, int(now), id)
-  watch_expiry(id)
+  local now = record(id, document, digest, queue, expires,
+    { 'key', key, 'traceparent', traceparent, 'tracestate', tracestate })
   if key ~= '' then
     redis.call('SET', BASE .. 'key:' .. key, id)
   end
