@@ -1,5 +1,6 @@
 # Needs Python 3.11 or newer (with its venv module) and make; all else is installed into .venv.
-# PYTHON chooses another interpreter, PYTEST_ARGS goes to pytest: make test PYTEST_ARGS="-k queue -x"
+# PYTHON chooses another interpreter, PYTEST_ARGS goes to pytest: make test PYTEST_ARGS="-k queue -x".
+# WORKERS is how many processes share the tests; each has its own Redis, engine and registry.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 IMAGE ?= dispatcher
 PYTEST_ARGS ?=
+WORKERS ?= 2
 CHAOS_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -46,7 +48,7 @@ format: venv ## Format, and mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 
 test: venv ## Run the tests; what can't run here is skipped and said so
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: venv ## Run the tests that take minutes
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
@@ -56,7 +58,7 @@ test-redis-matrix: venv ## Run the queue's tests on Redis 6.2, 8, the system's a
 	@servers="$$($(BIN)/python -m tests.support.redis_servers)" || exit 1; \
 	printf '%s\n' "$$servers" | { failed=; while read -r name server; do \
 		printf '\n--- %s: %s\n' "$$name" "$$server"; \
-		TEST_REDIS_SERVER="$$server" $(BIN)/pytest tests/queue $(PYTEST_ARGS) < /dev/null || failed="$$failed $$name"; \
+		TEST_REDIS_SERVER="$$server" $(BIN)/pytest -n $(WORKERS) tests/queue $(PYTEST_ARGS) < /dev/null || failed="$$failed $$name"; \
 	done; test -z "$$failed" || { printf '\nfailed on:%s\n' "$$failed"; exit 1; }; }
 
 # One slice: it is added to docs/reliability/slices.jsonl, and the tables of docs/reliability.md are

@@ -31,17 +31,23 @@ local function ensure_group(queue)
 end
 
 -- A consumer is deleted only when nothing is pending on it: what is could never be reached again.
+-- As long as something is, the name is kept in mind, to be looked at again.
 local function forget_instance(name)
+  local is_clean = true
   for _, queue in ipairs(redis.call('SMEMBERS', QUEUES)) do
     local pending = redis.pcall('XPENDING', stream_of(queue), group, '-', '+', 1, name)
     if not pending.err and #pending == 0 then
       redis.call('XGROUP', 'DELCONSUMER', stream_of(queue), group, name)
+    elseif not pending.err then
+      is_clean = false
     end
   end
   redis.call('HDEL', INSTANCES, name)
   redis.call('HDEL', INCARNATIONS, name)
   redis.call('HDEL', SUSPECTS, name)
-  redis.call('ZREM', SEEN, name)
+  if is_clean then
+    redis.call('ZREM', SEEN, name)
+  end
   redis.call('DEL', BASE .. 'control:' .. name)
 end
 
