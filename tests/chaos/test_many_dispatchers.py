@@ -103,13 +103,19 @@ async def test_a_consumer_stays_while_entries_are_pending_on_it(redis_server: Re
         entry = crowd.redis.xadd(STREAM, {"task": '{"image": "busybox"}'})
         assert crowd.redis.xreadgroup(GROUP, "stranger", {STREAM: ">"}, count=1)
 
+        async def told_no_more() -> bool:
+            await crowd.tick("last")
+            return crowd.redis.hkeys("{dispatcher:tasks}:meta:instances") == [b"last"]
+
         async def forgotten() -> bool:
             await crowd.tick("last")
             return crowd.remembered() <= 1
 
-        await wait_until(forgotten, TIMEOUT)
+        await wait_until(told_no_more, TIMEOUT)
         assert "stranger" in crowd.consumers()
         assert [d.source_id for d in await crowd.take("last", 10)] == [entry.decode()]
+        await wait_until(forgotten, TIMEOUT)
+        assert "stranger" not in crowd.consumers()
     finally:
         await crowd.store.aclose()
         crowd.redis.close()
