@@ -105,7 +105,7 @@ async def test_a_consumer_stays_while_entries_are_pending_on_it(redis_server: Re
 
         async def told_no_more() -> bool:
             await crowd.tick("last")
-            return crowd.redis.hkeys("{dispatcher:tasks}:meta:instances") == [b"last"]
+            return bool(crowd.redis.hkeys(f"{BASE}meta:instances") == [b"last"])
 
         async def forgotten() -> bool:
             await crowd.tick("last")
