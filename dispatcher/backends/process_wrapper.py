@@ -199,11 +199,11 @@ def _execute(specification: Specification, directory: int, output: int, report: 
             os.setuid(uid)
         # After setuid, which clears it: the program does not outlive a wrapper that is killed.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        # Python ignores these two, and a program would inherit that.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # A program would inherit what is ignored: two by Python, and whatever nohup or a shell's `&`
+        # had the dispatcher ignore.
+        for number in signal.valid_signals():
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if specification["memory"] is not None:

@@ -109,6 +109,7 @@ def test_when_the_clock_of_redis_jumps_nothing_is_taken_over(clock_of_redis: Clo
         assert not findings.broken(), findings
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_when_the_clock_of_a_dispatcher_jumps_nothing_is_taken_over(clock: Clock, tmp_path: Path) -> None:
     # A lease that no busy machine lets lapse, but an hour would.

@@ -136,6 +136,7 @@ def asked(world: World) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_nobody_hastens_while_the_connection_is_bad(tmp_path: Path) -> None:
     with bad_connection(tmp_path) as (world, proxy):
