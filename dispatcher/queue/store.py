@@ -94,8 +94,9 @@ class Store:
         self.keys = Keys(stream)
         self.group = group
         self.redis = connect(url, max_connections=max_connections)
-        # Renewals share no connection: whatever else is slow or waits for one, a lease must not.
-        self._renewing = connect(url, max_connections=1)
+        # Renewals, those with a new state too, share no connection with others: whatever else is slow
+        # or waits for one, a lease must not.
+        self._renewing = connect(url, max_connections=2)
         self._scripts = Scripts(self.redis, stream)
         self._vital = Scripts(self._renewing, stream)
         self._enqueues = Batch(self._run_enqueue, BATCH_SIZE)
@@ -319,7 +320,7 @@ class Store:
         return [(reply[0].decode(), reply[1].decode(), reply[2] if reply[2:] else 0) for reply in replies]
 
     async def _run_renew(self, items: Sequence[Renewal]) -> list[Held]:
-        return _held(await self._scripts.call("renew", _renewal_arguments(items)))
+        return _held(await self._vital.call("renew", _renewal_arguments(items)))
 
     async def _run_finish(self, settlements: Sequence[Settlement]) -> list[Literal["ok", "lost"]]:
         args: list[str] = []
