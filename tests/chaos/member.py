@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.cli.program import Program, Running, until
 
 #: Seconds for an instance to say that it has started, and for one to end.
-START_TIMEOUT = 30.0
+START_TIMEOUT = 60.0
 END_TIMEOUT = 60.0
 
 
