@@ -12,7 +12,7 @@ from tests.chaos.ground import DockerGround, Ground, ProcessGround
 from tests.chaos.world import LOOK, World
 from tests.support.engine import EngineUnderTest
 
-MAX_DELIVERIES = 3
+MAX_DELIVERIES = 5
 NAMES = ("a", "b")
 #: Seconds until it must have been given up: a start and a lease for each dispatcher it kills.
 TIMEOUT = 90.0
