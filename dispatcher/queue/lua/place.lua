@@ -76,20 +76,19 @@ if key ~= '' then
 end
 
 local due = math.max(not_before, tonumber(r[3]) + delay)
-if (due > now_ms() or queue ~= r[2]) and r[4] ~= '' then
-  disown(id, owner)
+local is_later = due > now_ms()
+if not is_later and queue == r[2] then
+  return { 'held', id }
+end
+disown(id, owner)
+if r[4] ~= '' then
   close(id, { state = 'cancelled', message = 'cancelled before it started' })
-  return { 'moved', id }
-end
-if due > now_ms() then
-  disown(id, owner)
+else
   watch_expiry(id)
-  schedule(id, due)
-  return { 'moved', id }
-elseif queue ~= r[2] then
-  disown(id, owner)
-  watch_expiry(id)
-  append(id, queue)
-  return { 'moved', id }
+  if is_later then
+    schedule(id, due)
+  else
+    append(id, queue)
+  end
 end
-return { 'held', id }
+return { 'moved', id }

@@ -5,8 +5,9 @@
 --   none, source, daemon ('' while it does not answer), limit, forget_ms, the operator's limits as
 --   JSON, then the queues this instance serves.
 -- Returns {verdict, namespace, now, promoted, taken_over, expired, lost, poisoned, next_due, unusable},
---   next_due '' if nothing is scheduled, unusable the queues whose keys hold something else. With a verdict other than `ok` nothing was done: `rival`, a
---   living instance has the same name; `source`, the queues are of the other kind.
+--   next_due '' if nothing is scheduled, unusable the queues whose keys hold something else. With a
+--   verdict other than `ok` nothing was done: `rival`, a living instance has the same name;
+--   `source`, the queues are of the other kind.
 
 local instance, incarnation, info, lease, group = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local source, daemon, limit, forget = ARGV[7], ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
@@ -18,10 +19,7 @@ local SEEN = BASE .. 'meta:seen'
 local now = now_ms()
 
 local function ensure_group(queue)
-  if source ~= 'redis-stream' then
-    return
-  end
-  if not is_usable(queue) then
+  if source ~= 'redis-stream' or not is_usable(queue) then
     return
   end
   local reply = redis.pcall('XGROUP', 'CREATE', stream_of(queue), group, '0', 'MKSTREAM')
