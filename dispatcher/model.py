@@ -177,7 +177,7 @@ class Handle:
     started_at: float | None = None
     #: Whether this launch found it there instead of making it.
     adopted: bool = False
-    #: Ids of earlier containers of this name that were never started, and that this launch removed.
+    #: Ids of earlier containers of this name that were never started, and were removed for it.
     replaces: frozenset[str] = frozenset()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -58,12 +57,12 @@ class Containers:
         for look in range(_LOOKS):
             missing: ImageNotFound | None = None
             try:
-                created = await self._create(attempt, daemon)
+                created = await self._create(attempt, daemon, replaces)
             except ImageNotFound as error:
                 # The engine looks for the image before it looks at the name. What runs needs none.
                 created, missing = None, error
             if created is not None:
-                return await self._start(replace(created, replaces=frozenset(replaces)), confirm, daemon)
+                return await self._start(created, confirm, daemon)
             adopted = await self._adopt(attempt, replaces, daemon)
             if adopted is not None:
                 await confirm(adopted)
@@ -78,7 +77,7 @@ class Containers:
         image = await self._engine.call(partial(APIClient.inspect_image, image=engine_name(attempt.image)))
         return str((image.get("Config") or {}).get("User") or "")
 
-    async def _create(self, attempt: Attempt, daemon: str) -> Handle | None:
+    async def _create(self, attempt: Attempt, daemon: str, replaces: set[str]) -> Handle | None:
         """A container of our own; None if the name is taken.
 
         May have created one also when it raises BackendUnreachable or is cancelled. That one
@@ -86,7 +85,9 @@ class Containers:
         """
 
         image_user = await self._image_user(attempt) if needs_image_user(attempt) else ""
-        config = container_config(attempt, log_max_bytes=self._log_max_bytes, image_user=image_user)
+        config = container_config(
+            attempt, log_max_bytes=self._log_max_bytes, image_user=image_user, replaces=replaces
+        )
 
         def create(client: Any) -> str | None:
             try:
@@ -98,11 +99,12 @@ class Containers:
             return str(made["Id"])
 
         container_id = await self._engine.call(create, within=LAUNCH_TIMEOUT, sort=sort_create)
-        return None if container_id is None else new_handle_of(attempt, container_id, daemon)
+        return None if container_id is None else new_handle_of(attempt, container_id, daemon, replaces)
 
     async def _adopt(self, attempt: Attempt, replaces: set[str], daemon: str) -> Handle | None:
         """What bears the attempt's name, if it was ever started; None if the name is free now, or
-        about to be. One that certainly was not started is removed, and its id added to ``replaces``."""
+        about to be. One that certainly was not started is removed, and its id added to ``replaces``,
+        with those that it replaced itself."""
         try:
             handle = handle_of(await self.inspect(attempt.name), daemon, adopted=True)
             wanted = (attempt.namespace, attempt.task_id, attempt.number)
@@ -119,7 +121,7 @@ class Containers:
         # Its creator may be about to start it. Without force this is refused while it runs, and a
         # start of what is removed is refused as well. But it may have run and ended in between.
         if await self.remove(handle) == "removed" and await self._never_ran(handle, since):
-            replaces.add(handle.container_id)
+            replaces.update({handle.container_id}, handle.replaces)
         return None
 
     async def _never_ran(self, handle: Handle, since: float) -> bool:

@@ -6,7 +6,7 @@ Shapes are those of the Engine API: https://docs.docker.com/reference/api/engine
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +16,9 @@ from dispatcher.reference import ImageReference
 
 #: Any container that bears it is some dispatcher's; its value says which one's.
 NAMESPACE_LABEL = "dispatcher.namespace"
+#: Ids of the containers of its name, separated by commas, that were removed for it unstarted. On
+#: the container itself, so that they are known also if its creator dies before it records it.
+REPLACES_LABEL = "dispatcher.replaces"
 #: Processes and threads of a task that names no number: room for any honest program, and a
 #: small part of a host's usual 32768.
 DEFAULT_PIDS = 4096
@@ -64,11 +67,13 @@ def needs_image_user(attempt: Attempt) -> bool:
     return attempt.security_profile == "restricted" and attempt.user is None
 
 
-def container_config(attempt: Attempt, *, log_max_bytes: int, image_user: str = "") -> dict[str, Any]:
+def container_config(
+    attempt: Attempt, *, log_max_bytes: int, image_user: str = "", replaces: Collection[str] = ()
+) -> dict[str, Any]:
     """The body of ``POST /containers/create``.
 
-    ``image_user`` is the image's ``Config.User``; see ``needs_image_user``.
-    Raises LaunchRejected for what the security profile forbids.
+    ``image_user`` is the image's ``Config.User``; see ``needs_image_user``. ``replaces`` are ids, as
+    in ``Handle.replaces``. Raises LaunchRejected for what the security profile forbids.
     """
     if attempt.network.startswith("container:"):
         raise LaunchRejected("a task can't join another container's network")
@@ -110,7 +115,11 @@ def container_config(attempt: Attempt, *, log_max_bytes: int, image_user: str = 
         "WorkingDir": attempt.workdir,
         "User": user,
         # Ours last: a task's label never replaces one that containers are found by.
-        "Labels": {**attempt.labels, **attempt.own_labels},
+        "Labels": {
+            **attempt.labels,
+            **attempt.own_labels,
+            **({REPLACES_LABEL: ",".join(sorted(replaces))} if replaces else {}),
+        },
         "HostConfig": host,
     }
     return {key: value for key, value in config.items() if value is not None}
@@ -183,7 +192,7 @@ def handle_of(inspected: Mapping[str, Any], daemon: str, *, adopted: bool = Fals
     )
 
 
-def new_handle_of(attempt: Attempt, container_id: str, daemon: str) -> Handle:
+def new_handle_of(attempt: Attempt, container_id: str, daemon: str, replaces: Collection[str] = ()) -> Handle:
     """What was created for ``attempt`` just now."""
     return Handle(
         container_id=container_id,
@@ -193,6 +202,7 @@ def new_handle_of(attempt: Attempt, container_id: str, daemon: str) -> Handle:
         attempt=attempt.number,
         daemon=daemon,
         phase=Phase.CREATED,
+        replaces=frozenset(replaces),
     )
 
 
@@ -229,6 +239,7 @@ def _handle(
             phase=phase,
             started_at=started_at,
             adopted=adopted,
+            replaces=frozenset(labels.get(REPLACES_LABEL, "").split(",")) - {""},
         )
     except (KeyError, ValueError):
         raise ForeignContainer(f"container {name} does not bear a dispatcher's labels") from None

@@ -75,6 +75,30 @@ async def test_one_that_was_never_started_is_replaced(docker_harness: DockerHarn
     assert made[-1].replaces == {first.container_id}
 
 
+async def test_what_was_replaced_is_known_if_the_adopter_dies_before_its_start_as_well(
+    docker_harness: DockerHarness,
+) -> None:
+    creator, adopter, last = (docker_harness.backend() for _ in range(3))
+    attempt, pauses = docker_harness.attempt("exit 0"), [Pause(), Pause()]
+    made: list[Handle] = []
+
+    async def note(handle: Handle) -> None:
+        made.append(handle)
+
+    async with running(creator), running(adopter), running(last), anyio.create_task_group() as tasks:
+        replaced = set()
+        for backend, pause in zip((creator, adopter), pauses, strict=True):
+            tasks.start_soon(backend.launch, attempt, pause)
+            await pause.reached.wait()
+            [created] = await last.find(attempt.namespace)
+            replaced.add(created.container_id)
+        handle = await last.launch(attempt, note)
+        tasks.cancel_scope.cancel()
+        await last.wait(handle)
+    assert made[-1].replaces == replaced
+    assert len(replaced) == 2
+
+
 async def test_what_runs_is_adopted_without_its_image(
     docker_harness: DockerHarness, engine: EngineUnderTest
 ) -> None:
