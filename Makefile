@@ -10,10 +10,11 @@ IMAGE ?= dispatcher
 PYTEST_ARGS ?=
 WORKERS ?= 2
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo dev check format test test-slow test-redis-matrix chaos chaos-flat image clean
+.PHONY: help venv demo dev check format test test-slow test-redis-matrix chaos chaos-flat bench image clean
 
 help: ## List what make can do here
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +69,10 @@ chaos: venv ## Kill, stop and cut what can be, for up to 20 minutes, and count w
 
 chaos-flat: venv ## See whether memory and descriptors stay flat over 100,000 tasks
 	$(BIN)/python -m tests.chaos.flat $(CHAOS_ARGS)
+
+# BENCH_ARGS: names of measures, --rounds N, --json PATH; "--help" lists them.
+bench: venv ## Measure it beside what it could cost, as a table and as JSON; takes some minutes
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 image: ## Build the container image, named by IMAGE
 	docker build --file docker/Dockerfile --tag $(IMAGE) .

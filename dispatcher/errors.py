@@ -159,6 +159,13 @@ class ImagePullFailed(BackendError):
     reason = Reason.IMAGE_PULL_FAILED
 
 
+class ImageInvalid(BackendError):
+    """The registry's image can't be used."""
+
+    recoverable = False
+    reason = Reason.IMAGE_PULL_FAILED
+
+
 class RegistryThrottled(ImagePullFailed):
     """The registry asks us to come back later (429) or is unwell (5xx)."""
 

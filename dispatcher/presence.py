@@ -6,10 +6,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from dispatcher import __version__
 from dispatcher.dispatch.images import ImageGovernor
+from dispatcher.dispatch.pull_line import Pull
 from dispatcher.dispatch.slots import Slots
 from dispatcher.model import Health
 from dispatcher.queue.leases import LeaseKeeper
@@ -18,6 +20,9 @@ from dispatcher.settings import Settings
 from dispatcher.telemetry import Reading, Telemetry
 
 _STATES = ("queued", "pulling", "starting", "running")
+#: Pulls that the entry tells, and tasks that it names for each: what every tick writes is bounded.
+MAX_PULLS = 100
+MAX_NAMED = 10
 
 
 class Presence:
@@ -46,20 +51,12 @@ class Presence:
         self.queues: Sequence[QueueInfo] = ()
         #: Running containers that no task is known for.
         self.leaked = 0
+        #: Tells how many containers are started at the same time at most.
+        self.start_limit: Callable[[], int] = lambda: 0
         self._register(telemetry)
 
     def document(self) -> str:
         """The entry in ``instances``, as JSON."""
-        pulls = [
-            {
-                "image": pull.image,
-                "active": pull.active,
-                "waiters": pull.waiters,
-                "bytes_done": pull.progress.bytes_done,
-                "bytes_total": pull.progress.bytes_total,
-            }
-            for pull in self._images.pulls
-        ]
         return json.dumps(
             {
                 "host": socket.gethostname(),
@@ -73,7 +70,8 @@ class Presence:
                 "held": len(self._keeper.held),
                 "waiting_for_images": self._images.waiting,
                 "leaked_containers": self.leaked,
-                "pulls": pulls,
+                "pulls": [_told(pull) for pull in self._images.pulls[:MAX_PULLS]],
+                "cooling": {name: round(seconds, 3) for name, seconds in self._images.cooling.items()},
                 "queues": self._settings.queues,
                 "started_at": self._born,
             }
@@ -112,7 +110,34 @@ class Presence:
             "dispatcher_image_pull_waiters", "Tasks that wait for an image.", lambda: [({}, images.waiting)]
         )
         gauge(
+            "dispatcher_registries_cooling",
+            "Registries that are left alone for now.",
+            lambda: [({}, len(images.cooling))],
+        )
+        gauge(
+            "dispatcher_start_gate",
+            "Containers started at the same time at most; tunes itself.",
+            lambda: [({}, self.start_limit())],
+        )
+        gauge(
             "dispatcher_containers_leaked",
             "Running containers of this system on this daemon that no task is known for.",
             lambda: [({}, self.leaked)],
         )
+
+
+def _told(pull: Pull) -> dict[str, Any]:
+    """A pull in the entry; ``queue.pulls`` reads it for the tasks that wait for it."""
+    return {
+        "image": pull.image,
+        "registry": pull.registry,
+        "active": pull.active,
+        "ahead": pull.ahead,
+        "waiters": pull.waiters,
+        "waiting": pull.waiting_tasks[:MAX_NAMED],
+        "bytes_done": pull.progress.bytes_done,
+        "bytes_total": pull.progress.bytes_total,
+        "layers_done": pull.progress.layers_done,
+        "layers_total": pull.progress.layers_total,
+        "tries": pull.tries,
+    }

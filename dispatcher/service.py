@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 
@@ -12,9 +13,11 @@ from anyio.abc import TaskStatus
 
 from dispatcher.backends.base import Backend
 from dispatcher.dispatch.admission import Admission
+from dispatcher.dispatch.image_disk import ImageDisk
 from dispatcher.dispatch.images import ImageGovernor
 from dispatcher.dispatch.intake import Intake
 from dispatcher.dispatch.logs import Logs
+from dispatcher.dispatch.look_ahead import LookAhead
 from dispatcher.dispatch.pipeline import Pipeline
 from dispatcher.dispatch.reconcile import RECONCILE_SECONDS, Reconciler
 from dispatcher.dispatch.slots import Slots
@@ -22,7 +25,9 @@ from dispatcher.errors import BackendUnreachable, Evicted, QueueError
 from dispatcher.model import Health
 from dispatcher.policy import Policy
 from dispatcher.presence import Presence
+from dispatcher.queue.events import Events
 from dispatcher.queue.exchange import Limits
+from dispatcher.queue.images import ImageLedger
 from dispatcher.queue.leases import LeaseKeeper, Wish
 from dispatcher.queue.list import ListSource
 from dispatcher.queue.recovery import Recovery
@@ -73,16 +78,32 @@ class Dispatcher:
             retention=settings.task_retention,
             total_limit=settings.log_tail_total_bytes,
         )
+        self.events = Events(settings.state_redis, settings.queue_stream_name, instance=settings.instance_id)
         self.views = Views(self.store)
-        self.slots = Slots(settings.num_consumers)
+        self.slots = Slots(settings.num_consumers, settings.queues)
         self.keeper = LeaseKeeper(self.store, settings.lease_seconds)
+        self.ledger = ImageLedger(self.store)
+        self.image_disk = ImageDisk(
+            backend,
+            self.ledger,
+            daemon=lambda: self.health.daemon,
+            high=settings.image_disk_high,
+            low=settings.image_disk_goal,
+            in_use=lambda: [pull.image for pull in self.images.pulls],
+            on_removed=self._image_removed,
+            on_event=self.events.publish,
+        )
         self.images = ImageGovernor(
             backend,
             max_concurrent=settings.max_concurrent_pulls,
+            max_per_registry=settings.max_concurrent_pulls_per_registry or settings.max_concurrent_pulls,
+            max_waiting=settings.max_waiting_pulls,
             stall_timeout=settings.pull_stall_timeout,
-            on_pulled=lambda seconds, outcome: self.telemetry.image_pull.record(
-                seconds, {"outcome": outcome}
-            ),
+            on_pulled=self.image_disk.pulled,
+            on_used=self.image_disk.used,
+            on_event=self._image_event,
+            on_ended=lambda seconds, outcome: self.telemetry.image_pull.record(seconds, {"outcome": outcome}),
+            on_bytes=self.telemetry.image_bytes.add,
         )
         self.logs = Logs(backend, self.tails, tail_bytes=settings.log_tail_bytes)
         self.presence = Presence(
@@ -143,12 +164,17 @@ class Dispatcher:
                 namespace = (await self.recovery.join()).namespace
                 await warn_of_unsafe_settings(self.store.redis)
                 self._build(namespace)
+                parts.start_soon(self.events.run, name="events")
                 await parts.start(self.images.run, name="images")
                 await parts.start(self.logs.run, name="logs")
                 parts.start_soon(self.keeper.run, name="leases")
                 parts.start_soon(self.recovery.run, name="recovery")
                 parts.start_soon(self.source.listen, name="doorbell")
                 parts.start_soon(self._watch, name="watch")
+                if self.settings.look_ahead and self.backend.capabilities.pulls:
+                    parts.start_soon(self.look_ahead.run, name="look ahead")
+                if self.backend.capabilities.pulls:
+                    parts.start_soon(self.image_disk.run, name="image disk")
                 parts.start_soon(self.reconciler.run, name="reconcile")
                 self._started = True
                 self._move_on(Lifecycle.RUNNING)
@@ -165,6 +191,10 @@ class Dispatcher:
             self._move_on(Lifecycle.STOPPED)
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_TIMEOUT):
                 await self._close()
+
+    def _image_removed(self, image: str) -> None:
+        self.telemetry.images_removed.add(1)
+        self.images.forget(image)
 
     def _look_now(self) -> None:
         self.source.ring()
@@ -223,10 +253,10 @@ class Dispatcher:
             logs=self.logs,
             policy=policy,
             telemetry=self.telemetry,
-            max_waiting_pulls=settings.max_waiting_pulls,
             infra_max_attempts=settings.infra_max_attempts,
             answers=self._backend_answers,
         )
+        self.presence.start_limit = lambda: pipeline.start_limit
         self.intake = Intake(
             self.source,
             self.slots,
@@ -236,6 +266,14 @@ class Dispatcher:
             can_take=self._is_healthy,
             drain_mode=settings.drain_mode,
             drain_timeout=settings.drain_timeout,
+        )
+        self.look_ahead = LookAhead(
+            self.images,
+            self.ledger,
+            policy,
+            queues=settings.queues,
+            limit=settings.look_ahead,
+            is_wanted=lambda: self.lifecycle is Lifecycle.RUNNING and self.slots.free <= 0,
         )
         self.reconciler = Reconciler(
             self.backend,
@@ -254,9 +292,16 @@ class Dispatcher:
                 log.warning("instance.left_without_word", error=str(error))
         await self.store.aclose()
         await self.tails.aclose()
+        await self.events.aclose()
         self.telemetry.shutdown()
         if self._started:
             log.info("instance.stopped", instance=self.settings.instance_id)
+
+    def _image_event(self, kind: str, fields: Mapping[str, str | int | float]) -> None:
+        """What the governor tells of its pulls."""
+        self.events.publish(kind, fields)
+        if kind == "image.pull_started" and int(fields["tries"]) > 1:
+            self.telemetry.image_retries.add(1)
 
     def _control(self, operation: str, task_id: str, asked: str) -> None:
         """What another program asks of this instance."""

@@ -29,11 +29,24 @@ from dispatcher.errors import ConfigurationError
 from dispatcher.task import QUEUE_PATTERN, RESERVED_QUEUES, in_plain_words, parse_size
 
 _QUEUE = re.compile(QUEUE_PATTERN)
+_PLATFORM_PART = re.compile(r"[a-z0-9._-]{1,32}", re.ASCII)
+#: What the kernel calls them, and engines.
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
     redis_url.check(value.get_secret_value())
     return value
+
+
+def _platform(value: str) -> str:
+    """As engines name it: ``linux/x86_64`` is their ``linux/amd64``."""
+    system, slash, rest = value.lower().partition("/")
+    architecture, _, variant = rest.partition("/")
+    named = [_ARCHITECTURES.get(architecture, architecture), *([variant] if variant else [])]
+    if not slash or not all(_PLATFORM_PART.fullmatch(part) for part in (system, *named)):
+        raise ValueError("must be os/arch or os/arch/variant, as in linux/amd64 or linux/arm64/v8")
+    return "/".join([system, *named])
 
 
 def _stream_name(value: str) -> str:
@@ -127,10 +140,18 @@ class Settings(BaseSettings):
     """Containers this instance runs at the same time."""
     max_concurrent_pulls: Annotated[int, Field(ge=1, le=100)] = 4
     """Image pulls this instance runs at the same time."""
+    max_concurrent_pulls_per_registry: Annotated[int, Field(ge=1, le=100)] | None = None
+    """The same, for one registry. Default: MAX_CONCURRENT_PULLS."""
     max_waiting_pulls: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Tasks that may wait for an image without holding a consumer."""
     pull_stall_timeout: Positive = 120.0
     """Seconds without progress until a pull is given up."""
+    look_ahead: Annotated[int, Field(ge=0, le=1_000)] = 10
+    """Waiting tasks of each queue whose images are pulled while all consumers are busy; 0: none."""
+    image_disk_high: Size | None = None
+    """When images take more, those that we pulled and no open task uses are removed. Default: never."""
+    image_disk_low: Size | None = None
+    """Until they take no more than this. Default: 80 % of IMAGE_DISK_HIGH."""
     backend: Literal["docker", "process"] = "docker"
     """Where containers run: docker or process."""
     allow_process_backend: bool = False
@@ -193,6 +214,8 @@ class Settings(BaseSettings):
     """auto: JSON when stderr is no terminal."""
     docker_host: str | None = None
     """The engine's address, as Docker's own tools read it."""
+    docker_default_platform: Annotated[str, AfterValidator(_platform)] | None = None
+    """Platform of the images that are run, such as linux/amd64. Default: the engine's own."""
 
     @classmethod
     def settings_customise_sources(
@@ -216,6 +239,11 @@ class Settings(BaseSettings):
     def state_redis(self) -> str:
         """STATE_REDIS_URL as a connection needs it."""
         return (self.state_redis_url or self.redis_url).get_secret_value()
+
+    @property
+    def image_disk_goal(self) -> int:
+        """IMAGE_DISK_LOW or its default, in bytes; 0 without IMAGE_DISK_HIGH."""
+        return (self.image_disk_high or 0) * 4 // 5 if self.image_disk_low is None else self.image_disk_low
 
 
 class SecretFileSource(PydanticBaseSettingsSource):
@@ -310,6 +338,10 @@ def _together(s: Settings) -> list[str]:
         problems.append(
             f"TASK_DEFAULT_MEMORY: {s.task_default_memory} is above TASK_MAX_MEMORY={s.task_max_memory}"
         )
+    if s.image_disk_low is not None and s.image_disk_high is None:
+        problems.append(f"IMAGE_DISK_LOW: {s.image_disk_low} means nothing without IMAGE_DISK_HIGH; set both")
+    elif s.image_disk_high is not None and s.image_disk_goal > s.image_disk_high:
+        problems.append(f"IMAGE_DISK_LOW: {s.image_disk_low} is above IMAGE_DISK_HIGH={s.image_disk_high}")
     if s.log_tail_bytes > s.log_tail_total_bytes:
         problems.append(
             f"LOG_TAIL_BYTES: {s.log_tail_bytes} is above LOG_TAIL_TOTAL_BYTES={s.log_tail_total_bytes}"

@@ -62,6 +62,16 @@ class Telemetry:
         self.image_pull = self._meter.create_histogram(
             "dispatcher_image_pull_seconds", description="Duration of image pulls, by outcome."
         )
+        self.image_bytes = self._meter.create_counter(
+            "dispatcher_image_pull_bytes_total", description="Bytes downloaded by image pulls."
+        )
+        self.image_retries = self._meter.create_counter(
+            "dispatcher_image_pull_retries_total",
+            description="Pulls that were tried again by themselves, at no cost to a task.",
+        )
+        self.images_removed = self._meter.create_counter(
+            "dispatcher_images_removed_total", description="Images removed to make room on the daemon."
+        )
 
     def gauge(self, name: str, description: str, read: Callable[[], Iterable[Reading]]) -> None:
         """A gauge whose value ``read`` tells whenever somebody looks."""

@@ -11,7 +11,12 @@ from blockbuster import blockbuster_ctx
 
 from dispatcher.settings import Settings
 
-pytest_plugins = ["tests.support.engine", "tests.support.redis_server", "tests.support.registry"]
+pytest_plugins = [
+    "tests.support.engine",
+    "tests.support.faulty_registry",
+    "tests.support.redis_server",
+    "tests.support.registry",
+]
 
 #: Variables of a developer's own environment that would change what is tested.
 _OURS = [variable for name in Settings.model_fields for variable in (name.upper(), f"{name.upper()}_FILE")]

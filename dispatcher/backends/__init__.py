@@ -18,6 +18,7 @@ def load_backend(settings: Settings, *, allow_process: bool) -> Backend:
         return DockerBackend(
             base_url=settings.docker_host,
             max_pulls=settings.max_concurrent_pulls,
+            platform=settings.docker_default_platform,
             control_threads=min(settings.num_consumers + 2, 32),
         )
     if not (allow_process or settings.allow_process_backend):

@@ -52,7 +52,7 @@ OnProgress = Callable[[PullProgress], None]
 class Capabilities:
     """What a backend can and can't do, so that nobody is promised what is not kept."""
 
-    #: Whether images are pulled by us (``image_present`` and ``prepare`` mean something).
+    #: Whether images are pulled by us (the verbs about images mean something).
     pulls: bool
     #: Whether a task is kept from the host and from other tasks.
     isolated: bool
@@ -80,8 +80,12 @@ class Backend(Protocol):
         """Ask the daemon whether it is there. Never raises a BackendError; takes at most 5 s."""
         ...
 
-    async def image_present(self, image: str) -> bool:
-        """Whether ``image`` is on the daemon now. Never contacts a registry."""
+    async def image_id(self, image: str) -> str:
+        """The daemon's own id of what ``image`` names there now; '' if there is nothing of that
+        name, or only for another platform than is wanted. Never contacts a registry.
+
+        Raises BackendUnreachable, BackendError.
+        """
         ...
 
     async def image_obtainable(self, image: str) -> bool:
@@ -91,8 +95,24 @@ class Backend(Protocol):
     async def prepare(self, image: str, on_progress: OnProgress) -> None:
         """Pull ``image``, also if it is present. Unbounded in time: the caller cancels.
 
-        Raises ImageNotFound, ImageUnauthorized, RegistryThrottled, ImagePullFailed,
-        BackendUnreachable.
+        Raises ImageNotFound, ImageUnauthorized, ImageInvalid, RegistryThrottled (with
+        ``retry_after`` where the registry told), ImagePullFailed, BackendUnreachable.
+        """
+        ...
+
+    async def images_size(self) -> int:
+        """Bytes that all images together take on the daemon. May take a minute.
+
+        Raises BackendUnreachable, BackendError.
+        """
+        ...
+
+    async def remove_image(self, image: str, image_id: str) -> bool:
+        """Take the name ``image`` from the daemon, and with its last name the image, if it still
+        names ``image_id`` and no container, running or ended, was made of that. Without force.
+
+        Returns whether the name is gone; False if it stays, or names another image by now.
+        Raises BackendUnreachable, BackendError.
         """
         ...
 

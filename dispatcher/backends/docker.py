@@ -1,9 +1,11 @@
 """Containers on a Docker engine.
 
 The verbs are here; beside it, ``docker_client`` has the engine's client and its threads,
-``docker_containers`` makes, adopts and removes, ``docker_absence`` knows an engine's end,
-``docker_watcher`` wakes who waits for an end, ``docker_spec`` knows what a container looks
-like, ``docker_streams`` what comes in pieces, and ``docker_errors`` what an error means.
+``docker_containers`` makes, adopts and removes, ``docker_images`` looks for and pulls, with the
+operator's ``docker_credentials``, and asks a ``docker_registry`` when to come back;
+``docker_absence`` knows an engine's end, ``docker_watcher`` wakes who waits for an end,
+``docker_spec`` knows what a container looks like, ``docker_streams`` what comes in pieces, and
+``docker_errors`` what an error means.
 """
 
 from __future__ import annotations
@@ -22,25 +24,23 @@ from docker.errors import APIError
 from dispatcher.backends.base import Capabilities, Confirm, OnProgress
 from dispatcher.backends.docker_client import Engine
 from dispatcher.backends.docker_containers import Containers
-from dispatcher.backends.docker_errors import is_conflict, sort_pull
+from dispatcher.backends.docker_errors import is_conflict
+from dispatcher.backends.docker_images import Images
 from dispatcher.backends.docker_spec import (
     NAMESPACE_LABEL,
     created_handle_of,
-    engine_name,
     exit_of,
     handle_of,
     has_ended,
     oom_may_follow,
 )
-from dispatcher.backends.docker_streams import OutputPipe, pull, read_log
+from dispatcher.backends.docker_streams import OutputPipe, read_log
 from dispatcher.backends.docker_watcher import Watcher
 from dispatcher.errors import (
     BackendError,
     BackendUnreachable,
     ContainerGone,
     ForeignContainer,
-    ImageNotFound,
-    ImagePullFailed,
 )
 from dispatcher.model import Attempt, Exit, Handle, Health
 
@@ -53,8 +53,7 @@ LOG_MAX_BYTES = 10 * 1024 * 1024
 CONTROL_THREADS = 16
 #: Logs read at the same time; further readers wait for one of these to end.
 LOG_READERS = 64
-#: Seconds in which a registry must say whether it has an image, and an engine that it is there.
-OBTAINABLE_TIMEOUT = 15.0
+#: Seconds in which an engine must say that it is there.
 PROBE_TIMEOUT = 5.0
 #: Seconds after SIGKILL until a container counts as stuck.
 KILL_TIMEOUT = 30.0
@@ -74,6 +73,7 @@ class DockerBackend:
         *,
         base_url: str | None = None,
         max_pulls: int,
+        platform: str | None = None,
         log_max_bytes: int = LOG_MAX_BYTES,
         control_threads: int = CONTROL_THREADS,
         log_readers: int = LOG_READERS,
@@ -82,13 +82,15 @@ class DockerBackend:
 
         ``base_url``: the engine's address, such as ``unix:///var/run/docker.sock``; None for
         what DOCKER_HOST and Docker's other variables say. ``max_pulls``: pulls at the same
-        time. ``log_max_bytes``: size at which a container's log is rotated, once.
+        time. ``platform``: of the images wanted, as ``os/arch[/variant]``; None for the engine's
+        own. ``log_max_bytes``: size at which a container's log is rotated, once.
         """
         self._engine = Engine(
             base_url=base_url, max_pulls=max_pulls, control_threads=control_threads, log_readers=log_readers
         )
         self._watcher = Watcher(self._engine)
-        self._containers = Containers(self._engine, log_max_bytes=log_max_bytes)
+        self._containers = Containers(self._engine, log_max_bytes=log_max_bytes, platform=platform)
+        self._images = Images(self._engine, platform=platform, max_pulls=max_pulls)
         self._daemon = ""
         #: Ids of containers that were told to end by ``stop``, and not waited for since.
         self._stopped: set[str] = set()
@@ -122,31 +124,25 @@ class DockerBackend:
 
     # --- images -------------------------------------------------------------------------
 
-    async def image_present(self, image: str) -> bool:
-        """See ``Backend.image_present``."""
-        try:
-            await self._engine.call(partial(APIClient.inspect_image, image=engine_name(image)))
-        except ImageNotFound:
-            return False
-        return True
+    async def image_id(self, image: str) -> str:
+        """See ``Backend.image_id``."""
+        return await self._images.image_id(image)
 
     async def image_obtainable(self, image: str) -> bool:
         """See ``Backend.image_obtainable``."""
-        inspect = partial(APIClient.inspect_distribution, image=engine_name(image))
-        try:
-            await self._engine.call(inspect, within=OBTAINABLE_TIMEOUT, sort=sort_pull)
-        except BackendError:
-            return False
-        return True
+        return await self._images.obtainable(image)
 
     async def prepare(self, image: str, on_progress: OnProgress) -> None:
         """See ``Backend.prepare``. Each call of ``on_progress`` means that something moved."""
-        await self._engine.stream(
-            partial(pull, image=image, on_progress=on_progress), limiter=self._engine.pulls, sort=sort_pull
-        )
-        # A stream that broke off between two lines looks like one that ended.
-        if not await self.image_present(image):
-            raise ImagePullFailed("the engine ended the pull without the image")
+        await self._images.prepare(image, on_progress)
+
+    async def images_size(self) -> int:
+        """See ``Backend.images_size``."""
+        return await self._images.size()
+
+    async def remove_image(self, image: str, image_id: str) -> bool:
+        """See ``Backend.remove_image``."""
+        return await self._images.remove(image, image_id)
 
     async def launch(self, attempt: Attempt, confirm: Confirm) -> Handle:
         """See ``Backend.launch``."""

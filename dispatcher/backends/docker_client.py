@@ -47,8 +47,25 @@ T = TypeVar("T")
 Sorter = Callable[[BaseException], BackendError]
 
 
-class StreamClient(docker.APIClient):
-    """A client for one streamed answer, which another thread can cut off in any phase."""
+class Client(docker.APIClient):
+    """The library's client, without the operator's credentials: see ``docker_credentials``.
+
+    It would read them for every call, and fail in all of them when their file is malformed.
+    """
+
+    @property
+    def _general_configs(self) -> dict[str, Any]:
+        # The entry of no registry: of an empty section the library would go and look in files.
+        return {"auths": {"-": {}}, **self._headers_of_operator}
+
+    @_general_configs.setter
+    def _general_configs(self, value: Any) -> None:
+        headers = value.get("HttpHeaders") if isinstance(value, dict) else None
+        self._headers_of_operator = {"HttpHeaders": headers} if isinstance(headers, dict) else {}
+
+
+class CuttableSession(requests.Session):
+    """A session for one answer, which another thread can cut off in any phase."""
 
     def __init__(self, *, silence: float | None, **kwargs: Any) -> None:
         """``silence``: seconds without a byte after which a read fails; None for no limit."""
@@ -56,7 +73,7 @@ class StreamClient(docker.APIClient):
         self._cut = False
         self._connections: list[Any] = []
         self._responses: list[requests.Response] = []
-        super().__init__(max_pool_size=1, **kwargs)
+        super().__init__(**kwargs)
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
         """As the library does, but remember what the request runs on."""
@@ -77,7 +94,7 @@ class StreamClient(docker.APIClient):
         return response
 
     def cut(self) -> None:
-        """End the stream: whoever reads it sees its end or an error. Any thread may call it."""
+        """End the answer: whoever reads it sees its end or an error. Any thread may call it."""
         self._cut = True
         for connection in list(self._connections):
             # None before the connect; an error if the other side was quicker.
@@ -89,6 +106,55 @@ class StreamClient(docker.APIClient):
         for response in self._responses:
             response.close()
         super().close()
+
+
+class StreamClient(CuttableSession, Client):
+    """A client for one streamed answer."""
+
+
+C = TypeVar("C", bound=CuttableSession)
+
+
+async def in_cuttable_thread(
+    make: Callable[[], C],
+    work: Callable[[C], T],
+    *,
+    limiter: CapacityLimiter,
+    sort: Sorter,
+    patience: float = _CUT_PATIENCE,
+) -> T:
+    """Do ``work`` in a thread with a session that ``make`` makes; cancelling ends both.
+
+    ``patience``: seconds for the thread to end then, before it is left to itself.
+    Raises what ``sort`` makes of the library's errors.
+    """
+    running: list[C] = []
+    begun, left, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def in_thread() -> T:
+        begun.set()
+        try:
+            with make() as session:
+                running.append(session)
+                if left.is_set():
+                    raise BackendUnreachable("the caller has left")
+                return work(session)
+        except LIBRARY_ERRORS as error:
+            raise sort(error) from error
+        finally:
+            ended.set()
+
+    try:
+        return await to_thread.run_sync(in_thread, limiter=limiter, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        left.set()
+        with anyio.move_on_after(patience, shield=True):
+            # More than once: it may just be about to connect.
+            while begun.is_set() and not ended.is_set():
+                for session in running:
+                    session.cut()
+                await anyio.sleep(_CUT_INTERVAL)
+        raise
 
 
 def _without_proxies(client: docker.APIClient) -> None:
@@ -168,35 +234,13 @@ class Engine:
     ) -> T:
         """Do ``work`` in a thread with a client of its own; cancelling ends both.
 
-        Raises what ``sort`` makes of the library's errors.
+        ``silence`` as of ``CuttableSession``. Raises what ``sort`` makes of the library's errors.
         """
-        running: list[StreamClient] = []
-        begun, left, ended = threading.Event(), threading.Event(), threading.Event()
 
-        def in_thread() -> T:
-            begun.set()
-            try:
-                with StreamClient(silence=silence, **self._client_arguments()) as client:
-                    running.append(client)
-                    if left.is_set():
-                        raise BackendUnreachable("the caller has left")
-                    return work(client)
-            except LIBRARY_ERRORS as error:
-                raise sort(error) from error
-            finally:
-                ended.set()
+        def client() -> StreamClient:
+            return StreamClient(silence=silence, max_pool_size=1, **self._client_arguments())
 
-        try:
-            return await to_thread.run_sync(in_thread, limiter=limiter, abandon_on_cancel=True)
-        except anyio.get_cancelled_exc_class():
-            left.set()
-            with anyio.move_on_after(_CUT_PATIENCE, shield=True):
-                # More than once: it may just be about to connect.
-                while begun.is_set() and not ended.is_set():
-                    for client in running:
-                        client.cut()
-                    await anyio.sleep(_CUT_INTERVAL)
-            raise
+        return await in_cuttable_thread(client, work, limiter=limiter, sort=sort)
 
     def _client(self, timeout: float) -> docker.APIClient:
         """The client all threads share for calls of this timeout; the library's are thread-safe."""
@@ -204,9 +248,7 @@ class Engine:
             client = self._clients.get(timeout)
         if client is not None and client.api_version == self._version:
             return client
-        client = docker.APIClient(
-            timeout=math.ceil(timeout), max_pool_size=self._pool_size, **self._client_arguments()
-        )
+        client = Client(timeout=math.ceil(timeout), max_pool_size=self._pool_size, **self._client_arguments())
         _without_proxies(client)
         with self._lock:
             outdated = self._clients.get(timeout)
@@ -220,7 +262,7 @@ class Engine:
         if self._base_url is not None:
             arguments["base_url"] = self._base_url
         if self._version is None:
-            with docker.APIClient(timeout=math.ceil(CONNECT_TIMEOUT), **arguments) as client:
+            with Client(timeout=math.ceil(CONNECT_TIMEOUT), **arguments) as client:
                 self._version = client.api_version
         return {**arguments, "version": self._version}
 

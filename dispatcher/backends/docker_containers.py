@@ -46,9 +46,11 @@ Removal = Literal["removed", "gone", "refused"]
 class Containers:
     """The containers of one engine."""
 
-    def __init__(self, engine: Engine, *, log_max_bytes: int) -> None:
-        """``log_max_bytes``: size at which a container's log is rotated, once."""
+    def __init__(self, engine: Engine, *, log_max_bytes: int, platform: str | None) -> None:
+        """``log_max_bytes``: size at which a container's log is rotated, once. ``platform``: the one
+        its image must be for; None for any."""
         self._engine = engine
+        self._platform = platform
         self._log_max_bytes = log_max_bytes
 
     async def launch(self, attempt: Attempt, confirm: Confirm, daemon: str) -> Handle:
@@ -91,7 +93,7 @@ class Containers:
 
         def create(client: Any) -> str | None:
             try:
-                made = client.create_container_from_config(config, attempt.name)
+                made = client.create_container_from_config(config, attempt.name, self._platform)
             except APIError as error:
                 if is_conflict(error):
                     return None

@@ -13,10 +13,12 @@ import requests.exceptions
 import urllib3.exceptions
 from docker.errors import APIError, DockerException, StreamParseError
 
+from dispatcher.backends.docker_registry import retry_after_in_words
 from dispatcher.errors import (
     BackendError,
     BackendUnreachable,
     ContainerGone,
+    ImageInvalid,
     ImageNotFound,
     ImagePullFailed,
     ImageUnauthorized,
@@ -37,6 +39,8 @@ LIBRARY_ERRORS = (
 #: Characters of an engine's message that are passed on to people.
 MESSAGE_LIMIT = 500
 
+#: What is asked for may be named like any of the words below.
+_ADDRESS = re.compile(r"https?://\S*?(?=[\"']?[:,;)]?(?:\s|$))")
 _THROTTLED = re.compile(
     r"toomanyrequests|too many requests|rate limit|http (?:status: )?(?:429|5\d\d)"
     r"|: 5\d\d (?:internal server error|bad gateway|service unavailable|gateway time-?out)"
@@ -44,15 +48,28 @@ _THROTTLED = re.compile(
 #: Said only by a registry that knows the asker and refuses, or wants to know it first.
 _UNAUTHORIZED = re.compile(
     r"unauthorized|authentication required|no basic auth|token has expired|incorrect username or password"
+    r"|http (?:status: )?401"
+)
+#: What no second pull will mend. A layer that is not what it should be is none of these: it may have
+#: been spoilt on its way, whereas a manifest comes in one piece.
+_INVALID = re.compile(
+    r"^(?:unexpected end of json input|invalid character '|json: cannot unmarshal)"
+    r"|manifest verification failed|commit on ref \"manifest-|commit on ref \"index-"
+    r"|missing signature key|encountered remote .* when fetching|encountered unknown type"
+    r"|unsupported (?:manifest|media)|unsupported schema|image manifest version 2, schema 1"
+    r"|unknown blob|blob unknown|mismatched image rootfs|invalid rootfs in image configuration"
 )
 #: "pull access denied … repository does not exist or may require 'docker login'" can mean
 #: either. It is told as "not found", as the engine's own status 404 does: a wrong name is by
 #: far the more frequent cause, and the message names the other.
 _NOT_FOUND = re.compile(
     r"manifest unknown|name unknown|no such image|repository does not exist|: not found|no matching manifest"
-    r"|does not match the specified platform|invalid reference format"
+    r"|does not match the specified platform|cannot be used on this platform|invalid reference format"
+    r"|http (?:status: )?404"
 )
-_DENIED = re.compile(r"\bdenied\b|forbidden")
+_DENIED = re.compile(r"\bdenied\b|forbidden|not authorized|http (?:status: )?403")
+#: There is none, or only one for another platform.
+_NO_IMAGE = re.compile(r"no such image|does not match the specified platform")
 _NO_CAPACITY = re.compile(
     r"no space left on device|disk quota exceeded|too many open files|cannot allocate memory"
     r"|resource temporarily unavailable|no available ipv4 address|all predefined address pools"
@@ -98,7 +115,7 @@ def sort_error(error: BaseException) -> BackendError:
     if _NO_CAPACITY.search(lowered):
         return NoCapacity(text)
     if error.status_code == requests.codes.not_found:
-        return ImageNotFound(text) if "no such image" in lowered else ContainerGone(text)
+        return ImageNotFound(text) if _NO_IMAGE.search(lowered) else ContainerGone(text)
     if error.status_code in (requests.codes.bad_gateway, requests.codes.service_unavailable):
         return BackendUnreachable(text)
     return BackendError(text)
@@ -141,16 +158,23 @@ def sort_pull(error: BaseException) -> BackendError:
 def sort_pull_message(message: str) -> BackendError:
     """What an engine says of a pull that failed, in its answer or in the stream."""
     text = one_line(message)
-    lowered = text.lower()
+    lowered = _ADDRESS.sub("", text.lower())
     if _THROTTLED.search(lowered):
-        return RegistryThrottled(text)
+        return RegistryThrottled(text, retry_after=retry_after_in_words(text))
     if _UNAUTHORIZED.search(lowered):
         return ImageUnauthorized(text)
+    if _INVALID.search(lowered):
+        return ImageInvalid(text)
     if _NOT_FOUND.search(lowered):
         return ImageNotFound(text)
     if _DENIED.search(lowered):
         return ImageUnauthorized(text)
     return ImagePullFailed(text)
+
+
+def unanswered(error: BaseException) -> BackendError:
+    """A library error of a call of ours to a registry."""
+    return BackendError(f"the registry does not answer: {explanation(error)}")
 
 
 def is_conflict(error: BaseException) -> bool:

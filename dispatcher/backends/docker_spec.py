@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
-from dispatcher.errors import ForeignContainer, LaunchRejected
+from dispatcher.errors import BackendError, ForeignContainer, LaunchRejected
 from dispatcher.model import Attempt, Exit, Handle, Phase
 from dispatcher.reference import ImageReference
 
@@ -40,6 +40,8 @@ _NANO = 1_000_000_000
 #: A numeric user that is not root, with or without a numeric group. Names are not taken:
 #: an image's own /etc/passwd can call user 0 anything.
 _PLAIN_USER = re.compile(r"[1-9][0-9]{0,9}(?::[0-9]{1,10})?", re.ASCII)
+#: The variants that images of an architecture are for which name none.
+_USUAL_VARIANTS = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
 _PHASES = {
     "created": Phase.CREATED,
     "running": Phase.RUNNING,
@@ -149,6 +151,27 @@ def _restricted_user(asked: str | None, image_user: str) -> str:
 
 
 # --- answers ----------------------------------------------------------------------------
+
+
+def fits_platform(inspected: Mapping[str, Any], wanted: str | None) -> bool:
+    """Whether an inspected image is for the platform ``os/arch[/variant]``; None: any will do."""
+    if wanted is None:
+        return True
+    system, architecture, *variant = wanted.split("/")
+    if (inspected["Os"], inspected["Architecture"]) != (system, architecture):
+        return False
+    usual = _USUAL_VARIANTS.get(architecture, "")
+    return not variant or (inspected.get("Variant") or usual) == variant[0]
+
+
+def layers_size(usage: Mapping[str, Any]) -> int:
+    """Bytes of all images' layers, each counted once, from the answer of ``GET /system/df``."""
+    # What it is called in the API 1.52 and since.
+    since_29 = (usage.get("ImageUsage") or {}).get("TotalSize")
+    size = usage.get("LayersSize", since_29)
+    if size is None:
+        raise BackendError("the Docker engine does not tell the size of its images")
+    return int(size)
 
 
 def unix_time(text: str) -> float | None:

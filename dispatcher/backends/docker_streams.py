@@ -81,11 +81,28 @@ class PullReader:
         )
 
 
-def pull(client: StreamClient, image: str, on_progress: OnProgress) -> None:
-    """In a thread: pull, and raise also what the engine only says inside the stream."""
+def pull(
+    client: StreamClient,
+    image: str,
+    credentials: Mapping[str, str],
+    platform: str | None,
+    on_progress: OnProgress,
+) -> None:
+    """In a thread: pull, and raise also what the engine only says inside the stream.
+
+    ``credentials`` as from ``docker_credentials``; ``platform`` None for the engine's own.
+    """
     repository, tag_or_digest = pull_arguments(image)
     reader = PullReader(image)
-    for line in client.pull(repository, tag=tag_or_digest, stream=True, decode=True):
+    lines = client.pull(
+        repository,
+        tag=tag_or_digest,
+        stream=True,
+        decode=True,
+        auth_config=dict(credentials),
+        platform=platform,
+    )
+    for line in lines:
         if error := line.get("error"):
             raise sort_pull_message(str(error))
         if progress := reader.read(line):

@@ -116,9 +116,9 @@ class ProcessBackend:
         detail = "no isolation: tasks run as child processes of this host"
         return Health(ok=True, daemon=daemon, version=os.uname().release, detail=detail)
 
-    async def image_present(self, image: str) -> bool:
-        """See ``Backend.image_present``: an image is only recorded, so any will do."""
-        return True
+    async def image_id(self, image: str) -> str:
+        """See ``Backend.image_id``: an image is only recorded, so any will do."""
+        return "recorded"
 
     async def image_obtainable(self, image: str) -> bool:
         """See ``Backend.image_obtainable``: an image is only recorded, so any will do."""
@@ -126,6 +126,14 @@ class ProcessBackend:
 
     async def prepare(self, image: str, on_progress: OnProgress) -> None:
         """See ``Backend.prepare``: there is nothing to pull."""
+
+    async def images_size(self) -> int:
+        """See ``Backend.images_size``: there are none."""
+        return 0
+
+    async def remove_image(self, image: str, image_id: str) -> bool:
+        """See ``Backend.remove_image``: any image will do, also afterwards."""
+        return False
 
     async def launch(self, attempt: Attempt, confirm: Confirm) -> Handle:
         """See ``Backend.launch``."""

@@ -115,6 +115,7 @@ class Demo:
             "backend": "process" if engine.problem else "docker",
             "process_directory": directory / "process",
             "docker_host": self._settings.docker_host,
+            "docker_default_platform": self._settings.docker_default_platform,
             "default_network": "none",
             "drain_timeout": CLEAN_UP_SECONDS,
         }

@@ -29,7 +29,7 @@ async def survey(settings: Settings, image: str | None = None) -> Engine:
         backend = load_backend(settings.model_copy(update={"backend": "docker"}), allow_process=False)
         async with anyio.create_task_group() as group:
             await group.start(backend.run, name="backend")
-            if image is not None and not await backend.image_present(image):
+            if image is not None and not await backend.image_id(image):
                 obtainable = await backend.image_obtainable(image)
                 problem = f"Docker has no image {image} and no registry gives it" if not obtainable else ""
                 found = Engine(problem, cold=obtainable)

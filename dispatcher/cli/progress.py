@@ -10,7 +10,7 @@ import anyio
 
 from dispatcher.cli import output
 from dispatcher.cli.exits import tell, tell_gap
-from dispatcher.cli.queues import pull_progress
+from dispatcher.cli.pulls import how_far
 from dispatcher.errors import OutputUnavailable
 from dispatcher.model import State
 
@@ -84,17 +84,9 @@ async def _show(client: AsyncClient, task_id: str, image: str, line: StatusLine,
             what += f", for: {status.message}"  # why the attempt before it failed
         detail = f"{time.monotonic() - began:.0f} s"
         if status.state is State.PULLING:
-            detail = f"{await _pull(client, status.instance, image)}, {detail}"
+            detail = f"{status.image or image}: {how_far(status)}, {detail}"
         if status.state is State.RUNNING and follow:
             line.clear()  # its own output is what there is to see now
         else:
             line.show(what, detail)
         await anyio.sleep(LOOK_SECONDS)
-
-
-async def _pull(client: AsyncClient, instance: str, image: str) -> str:
-    for found in await client.instances():
-        for pull in found.info.get("pulls", []):
-            if found.id == instance and pull.get("image") == image:
-                return pull_progress(pull)
-    return image

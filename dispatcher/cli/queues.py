@@ -77,7 +77,7 @@ def instances(context: typer.Context, json: Json = False) -> None:
                 i.info.get("backend"),
                 f"{i.info.get('busy', '?')}/{i.info.get('consumers', '?')}",
                 i.info.get("held"),
-                "; ".join(pull_progress(pull) for pull in i.info.get("pulls", [])),
+                "; ".join(_pulls(i.info)),
                 _seconds(i.seen_seconds),
             )
             for i in found
@@ -175,12 +175,23 @@ def _dead_letter(letter: DeadLetter) -> dict[str, Any]:
     return document
 
 
+def _pulls(info: dict[str, Any]) -> list[str]:
+    """An instance's words on its pulls, and on the registries that it leaves alone."""
+    found = [pull_progress(pull) for pull in info.get("pulls", [])]
+    cooling = info.get("cooling", {})
+    return [*found, *(f"{registry} is left alone for {_seconds(s)}" for registry, s in cooling.items())]
+
+
 def pull_progress(pull: dict[str, Any]) -> str:
-    """An instance's word on a pull, e.g. "busybox 1.2/3.4 MB"."""
+    """An instance's word on a pull, e.g. "busybox 1.2/3.4 MB (2 wait)"."""
     image, done, total = pull.get("image", "?"), pull.get("bytes_done", 0), pull.get("bytes_total", 0)
     if not pull.get("active", True):
-        return f"{image} waits for its turn"
-    return f"{image} {done / 1e6:.1f}/{total / 1e6:.1f} MB" if total else str(image)
+        word = f"{image} waits for its turn"
+    else:
+        word = f"{image} {done / 1e6:.1f}/{total / 1e6:.1f} MB" if total else str(image)
+    if pull.get("ahead"):
+        return f"{word} (ahead)"
+    return f"{word} ({pull['waiters']} wait)" if pull.get("waiters") else word
 
 
 def _seconds(seconds: float | None) -> str:

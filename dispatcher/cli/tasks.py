@@ -8,6 +8,7 @@ import typer
 
 from dispatcher.cli import output
 from dispatcher.cli.exits import FAILED, NOT_FOUND, TIMED_OUT, tell, tell_gap
+from dispatcher.cli.pulls import pull_in_words
 from dispatcher.cli.session import Session
 
 if TYPE_CHECKING:
@@ -27,9 +28,11 @@ def status(context: typer.Context, task_id: TaskId, json: Json = False) -> None:
     if json:
         output.json_document(found)
         return
-    from dataclasses import asdict
+    from dataclasses import fields
 
-    rows = [(name.replace("_", " "), output.cell(value)) for name, value in asdict(found).items()]
+    shown = {field.name: getattr(found, field.name) for field in fields(found)}
+    shown["pull"] = pull_in_words(found)
+    rows = [(name.replace("_", " "), output.cell(value)) for name, value in shown.items()]
     width = max(len(name) for name, _ in rows)
     output.text("".join(f"{name:<{width}}  {value}\n" for name, value in rows if value))
 
@@ -54,7 +57,19 @@ def list_tasks(
         return
     output.table(
         ("ID", "STATE", "REASON", "QUEUE", "ATTEMPT", "EXIT", "ACCEPTED", "MESSAGE"),
-        [(t.id, t.state, t.reason, t.queue, t.attempt, t.exit_code, t.accepted_at, t.message) for t in found],
+        [
+            (
+                t.id,
+                t.state,
+                t.reason,
+                t.queue,
+                t.attempt,
+                t.exit_code,
+                t.accepted_at,
+                pull_in_words(t) or t.message,
+            )
+            for t in found
+        ],
     )
 
 

@@ -13,6 +13,7 @@ from dispatcher.client.asynchronous import AsyncClient, AsyncHandle
 from dispatcher.client.blocking import Client, Handle
 from dispatcher.errors import DispatcherError
 from dispatcher.model import Reason, State
+from dispatcher.queue.pulls import PullStatus
 from dispatcher.queue.views import TaskStatus
 from dispatcher.task import Backoff, Resources, Task
 
@@ -23,6 +24,7 @@ __all__ = [
     "Client",
     "DispatcherError",
     "Handle",
+    "PullStatus",
     "Reason",
     "Resources",
     "State",

@@ -22,12 +22,14 @@ DRAIN = "drain"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do with a delivery now. ``delay`` in seconds."""
+    """What to do with a delivery now. ``delay`` in seconds; ``prefer`` leaves a release to instances
+    on our own daemon for a moment."""
 
     action: Action
     outcome: Outcome
     delay: float = 0.0
     budget: Budget = "none"
+    prefer: bool = False
 
 
 def of_exit(ended: Exit, cause: str, timeout: float) -> Outcome:
@@ -88,6 +90,9 @@ def judge_error(
     if isinstance(error, BackendUnreachable):
         # That spends no budget: an engine's restart must not cost a task its life.
         return Verdict("detach", outcome, uniform(PRESSURE_DELAY / 2, PRESSURE_DELAY))  # noqa: S311 - jitter
+    if not error.recoverable:
+        # Whatever its reason: the same again would only fail again.
+        return Verdict("final", outcome)
     verdict = judge(outcome, task, delivery, infra_max_attempts=infra_max_attempts)
     if container and verdict.action == "retry" and outcome.reason is Reason.BACKEND_ERROR:
         return replace(verdict, action="detach")

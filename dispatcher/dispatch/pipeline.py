@@ -8,7 +8,6 @@ happens it ends by giving its lease up with a verdict, or by having lost it.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -34,6 +33,7 @@ from dispatcher.dispatch.outcome import (
     of_exit,
 )
 from dispatcher.dispatch.slots import Slot, Slots
+from dispatcher.dispatch.start_gate import StartGate
 from dispatcher.errors import (
     BackendError,
     BackendUnreachable,
@@ -55,9 +55,6 @@ log = structlog.get_logger(__name__)
 CONSUMER_WAIT = 1.0
 #: Seconds a task is sent away for when too many wait for images here.
 FULL_DELAY = 2.0
-#: Starts at the same time. Past twice the cores throughput gains nothing and each start takes
-#: longer: on two cores 165 ms at one, 334 at four, 2,667 at thirty-two.
-START_GATE = 2 * (os.cpu_count() or 1)
 #: Seconds a removal of an ended container may take before it is left to a later clean-up.
 REMOVE_TIMEOUT = 30.0
 
@@ -99,7 +96,6 @@ class Pipeline:
         logs: Logs,
         policy: Policy,
         telemetry: Telemetry,
-        max_waiting_pulls: int,
         infra_max_attempts: int,
         answers: Callable[[], Awaitable[bool]],
     ) -> None:
@@ -114,17 +110,21 @@ class Pipeline:
         self._logs = logs
         self._policy = policy
         self._telemetry = telemetry
-        self._max_waiting_pulls = max_waiting_pulls
         self._infra_max_attempts = infra_max_attempts
         self._answers = answers
-        self._gate = anyio.Semaphore(START_GATE)
+        self._gate = StartGate()
+
+    @property
+    def start_limit(self) -> int:
+        """How many containers are started at the same time at most, as of now."""
+        return self._gate.limit
 
     async def run(self, delivery: Delivery, lease: Lease) -> None:
         """Bring one delivery to its end. The caller has reserved a slot for it and holds its lease.
 
         Raises nothing but cancellation: what goes wrong becomes the task's verdict.
         """
-        slot = Slot(self._slots)
+        slot = Slot(self._slots, delivery.queue)
         if delivery.attempt == 1:
             waited = max(0.0, time.time() - delivery.accepted_ms / 1000)
             self._telemetry.queue_wait.record(waited, {"queue": delivery.queue})
@@ -213,6 +213,7 @@ class Pipeline:
             return await self._launch(delivery, lease, admitted)
         except ImageNotFound:
             # It was there a moment ago, or for an earlier owner: somebody removed it.
+            self._images.forget(str(admitted.task.reference))
             if not self._backend.capabilities.pulls or admitted.task.pull_policy == "never":
                 raise
             delivery = replace(delivery, daemon="")  # so there is no container either
@@ -223,22 +224,23 @@ class Pipeline:
     async def _image(self, lease: Lease, delivery: Delivery, admitted: Admitted, slot: Slot) -> None:
         if not await self._images.needs_pull(admitted.task):
             return
-        if self._images.waiting >= self._max_waiting_pulls:
+        if self._images.crowded:
             delay = uniform(FULL_DELAY / 2, FULL_DELAY)  # noqa: S311 - jitter, not a secret
             raise GaveUp(Verdict("release", _NOTHING, delay))
-        slot.release()
-        await lease.mark(State.PULLING)
-        failpoints.reach("during_pull", lease.task_id)
-        expires = admitted.task.expires_at
-        patience = None if expires is None else max(0.0, expires.timestamp() - time.time())
-        with lease.interruptible(), anyio.move_on_after(patience) as timer:
-            await self._images.pull(admitted.task)
+        with self._images.place():
+            slot.release()
+            await lease.mark(State.PULLING, {"image": str(admitted.task.reference)})
+            failpoints.reach("during_pull", lease.task_id)
+            expires = admitted.task.expires_at
+            patience = None if expires is None else max(0.0, expires.timestamp() - time.time())
+            with lease.interruptible(), anyio.move_on_after(patience) as timer:
+                await self._images.pull(admitted.task, lease.task_id)
         if timer.cancelled_caught:
             raise ExpiredTask("expires_at passed while its image was being pulled")
         check_expiry(admitted.task)
         self._heed(lease, delivery)
         if not await slot.regain(CONSUMER_WAIT):
-            raise GaveUp(Verdict("release", _NOTHING))
+            raise GaveUp(Verdict("release", _NOTHING, prefer=lease.wish is None))
 
     async def _launch(self, delivery: Delivery, lease: Lease, admitted: Admitted) -> Handle:
         attempt = self._attempt(delivery, lease, admitted)
@@ -256,12 +258,14 @@ class Pipeline:
                 raise GaveUp(_CANCELLED)
             failpoints.reach("before_start", lease.task_id)
 
-        async with self._gate:
+        async with self._gate.launching() as launch:
             self._heed(lease, delivery)
             await lease.mark(State.STARTING, {"daemon": self._daemon})
             began = time.monotonic()
             failpoints.reach("before_create", lease.task_id)
             handle = await self._backend.launch(attempt, confirm)
+            if not handle.adopted:
+                launch.started()
             failpoints.reach("after_start", lease.task_id)
         self._telemetry.launch.record(time.monotonic() - began, {"queue": delivery.queue})
         if handle.adopted:
@@ -359,7 +363,10 @@ class Pipeline:
 
     async def _give_up(self, delivery: Delivery, lease: Lease, verdict: Verdict) -> None:
         failpoints.reach("before_finish", lease.task_id)
-        await lease.give_up(verdict.action, verdict.outcome, delay=verdict.delay, budget=verdict.budget)
+        prefer = self._daemon if verdict.prefer else ""
+        await lease.give_up(
+            verdict.action, verdict.outcome, delay=verdict.delay, budget=verdict.budget, prefer=prefer
+        )
         failpoints.reach("after_finish", lease.task_id)
         outcome = verdict.outcome
         fields = {"task_id": lease.task_id, "attempt": delivery.attempt, "queue": delivery.queue}

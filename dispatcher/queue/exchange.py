@@ -121,6 +121,8 @@ class Settlement:
     outcome: Outcome
     delay: float = 0.0
     budget: Budget = "none"
+    #: With ``release``: the daemon that others leave it to for a moment; '' for none.
+    prefer: str = ""
 
 
 def new_task_id() -> str:

@@ -106,14 +106,21 @@ class Lease:
             raise LeaseLost
 
     async def give_up(
-        self, action: Action, outcome: Outcome, *, delay: float = 0.0, budget: Budget = "none"
+        self,
+        action: Action,
+        outcome: Outcome,
+        *,
+        delay: float = 0.0,
+        budget: Budget = "none",
+        prefer: str = "",
     ) -> None:
-        """Record how this delivery ended and let go of it. ``delay`` in seconds.
+        """Record how this delivery ended and let go of it. ``delay`` in seconds; ``prefer`` is the
+        daemon that a release is left to for a moment.
 
         Tries for as long as it takes Redis to come back: a result is never dropped for want of
         patience. Raises LeaseLost if the task is another's by then.
         """
-        settlement = Settlement(self.task_id, self.owner, action, outcome, delay, budget)
+        settlement = Settlement(self.task_id, self.owner, action, outcome, delay, budget, prefer)
         with self.settling():
             answer = await self._settle(settlement)
         self._keeper.forget(self)

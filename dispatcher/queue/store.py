@@ -339,6 +339,7 @@ class Store:
                 "1" if o.reason is not None and o.reason.dead_letter else "0",
                 ms(s.delay),
                 s.budget,
+                s.prefer,
             ]
         return [
             cast(Literal["ok", "lost"], answer.decode())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from dispatcher.errors import QueueRefused, TaskNotFound
 from dispatcher.model import Reason, State
 from dispatcher.queue.connection import command, sorted_errors
+from dispatcher.queue.pulls import PullStatus, pulls_of
 from dispatcher.queue.store import Store
 from dispatcher.task import DEFAULT_QUEUE, RESERVED_QUEUES
 
@@ -30,7 +31,7 @@ _OTHER_TYPE = "WRONGTYPE"
 _FIELDS = (
     "state", "queue", "attempt", "reason", "message", "exit_code", "accepted", "started", "finished",
     "due", "instance", "container", "daemon", "traceparent", "cancel", "alias", "takeovers",
-    "retry_of",
+    "retry_of", "image",
 )  # fmt: skip
 
 
@@ -58,6 +59,10 @@ class TaskStatus:
     takeovers: int = 0
     #: The task whose dead letter was retried as this one; '' for all others.
     retry_of: str = ""
+    #: The image it waits or waited for, normalised; '' if it had to wait for none.
+    image: str = ""
+    #: Where the pull is that it waits for, in state pulling; None where that is not known (yet).
+    pull: PullStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +107,10 @@ class Views:
             found = (await self.by_ids([task_id]))[0]
         if found is None:
             raise TaskNotFound(f"no task {task_id!r}")
-        return found
+        return (await self._with_pulls([found]))[0]
 
     async def by_ids(self, task_ids: Sequence[str]) -> list[TaskStatus | None]:
-        """Many at once, in order; None for those without a record."""
+        """Many at once, in order, without ``pull``; None for those without a record."""
         found: list[TaskStatus | None] = []
         for start in range(0, len(task_ids), PAGE):
             part = task_ids[start : start + PAGE]
@@ -135,7 +140,23 @@ class Views:
         for index in await self._indexes(state, queue):
             found += await self._newest(index, state, queue, limit)
         found.sort(key=_moment, reverse=True)
-        return found[:limit]
+        return await self._with_pulls(found[:limit])
+
+    async def _with_pulls(self, found: Sequence[TaskStatus]) -> list[TaskStatus]:
+        """The same with ``pull``, from what their instances told: one look for all of them."""
+        names = sorted({s.instance for s in found if s.state is State.PULLING})
+        if not names:
+            return list(found)
+        told = await command(self._redis, "HMGET", self._keys.of("meta:instances"), *names)
+        pulls = {
+            name: pulls_of(json.loads(info))
+            for name, info in zip(names, told, strict=True)
+            if info is not None
+        }
+        return [
+            replace(s, pull=pulls.get(s.instance, {}).get(s.image)) if s.state is State.PULLING else s
+            for s in found
+        ]
 
     async def _newest(
         self, index: str, state: State | None, queue: str | None, limit: int
@@ -292,6 +313,7 @@ def _status(task_id: str, r: dict[str, str]) -> TaskStatus:
         cancel_requested=bool(r["cancel"]),
         takeovers=int(r["takeovers"] or 0),
         retry_of=r["retry_of"],
+        image=r["image"],
     )
 
 

@@ -179,6 +179,18 @@ class BackendConformance:
             _, end = await run_to_end(backend, harness.attempt(f"exit {code}"))
         assert (end.exit_code, end.oom) == (code, False)
 
+    async def test_the_image_of_a_container_is_known_and_stays(
+        self, harness: Harness, backend: Backend
+    ) -> None:
+        attempt = harness.attempt("exit 0")
+        async with running(backend):
+            await run_to_end(backend, attempt)
+            image_id = await backend.image_id(attempt.image)
+            assert image_id
+            assert not await backend.remove_image(attempt.image, image_id)
+            assert not await backend.remove_image(attempt.image, "another")
+            assert await backend.image_id(attempt.image) == image_id
+
     async def test_handle_tells_what_was_launched(self, harness: Harness, backend: Backend) -> None:
         attempt = harness.attempt(UNTIL_TERM, number=3)
         async with running(backend):

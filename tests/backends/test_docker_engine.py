@@ -181,7 +181,7 @@ async def test_waiting_for_many_holds_no_thread(harness: DockerHarness) -> None:
             tasks.start_soon(one)
         await wait_until(all_run, timeout=30)
         began = time.monotonic()
-        assert await backend.image_present(harness.engine.image)
+        assert await backend.image_id(harness.engine.image)
         assert time.monotonic() - began < 1
         for handle in await backend.find(harness.namespace):
             await says(backend, handle, b"ready")

@@ -17,6 +17,7 @@ from dispatcher.errors import (
     BackendError,
     BackendUnreachable,
     ContainerGone,
+    ImageInvalid,
     ImageNotFound,
     ImagePullFailed,
     ImageUnauthorized,
@@ -79,6 +80,57 @@ def answer(status: int, message: str) -> APIError:
         ),
         ('Get "https://r.example/v2/": dial tcp: lookup r.example: no such host', ImagePullFailed),
         ("write /var/lib/docker/tmp/x: no space left on device", ImagePullFailed),
+        ("unauthorized: authentication required", ImageUnauthorized),
+        ("manifest for 127.0.0.1:5000/app:1 not found: manifest unknown: gone", ImageNotFound),
+        ("name unknown", ImageNotFound),
+        ("error parsing HTTP 404 response body: invalid character '<' looking for beginning", ImageNotFound),
+        ("error parsing HTTP 403 response body: unexpected end of JSON input", ImageUnauthorized),
+        ("error parsing HTTP 401 response body: unexpected end of JSON input", ImageUnauthorized),
+        ('error parsing HTTP 429 response body: unexpected end of JSON input: ""', RegistryThrottled),
+        ("received unexpected HTTP status: 500 Internal Server Error", RegistryThrottled),
+        ("received unexpected HTTP status: 502 Bad Gateway", RegistryThrottled),
+        ("received unexpected HTTP status: 504 Gateway Timeout", RegistryThrottled),
+        (
+            (
+                "error pulling image configuration: download failed after attempts=6: received unexpected "
+                "HTTP status: 503 Service Unavailable"
+            ),
+            RegistryThrottled,
+        ),
+        (
+            "error pulling image configuration: download failed after attempts=1: denied: no",
+            ImageUnauthorized,
+        ),
+        ("denied: User: arn:x is not authorized to perform: ecr:BatchGetImage", ImageUnauthorized),
+        ("unexpected end of JSON input", ImageInvalid),
+        ("invalid character 'n' looking for beginning of object key string", ImageInvalid),
+        ("missing signature key", ImageInvalid),
+        (
+            'Encountered remote "application/vnd.cncf.helm.config.v1+json"(unknown) when fetching',
+            ImageInvalid,
+        ),
+        (f"manifest verification failed for digest sha256:{HEX_ID}", ImageInvalid),
+        (
+            f'failed commit on ref "manifest-sha256:{HEX_ID}": unexpected commit digest sha256:{HEX_ID}',
+            ImageInvalid,
+        ),
+        ("error pulling image configuration: download failed after attempts=1: unknown blob", ImageInvalid),
+        (f"filesystem layer verification failed for digest sha256:{HEX_ID}", ImagePullFailed),
+        (
+            f'failed commit on ref "layer-sha256:{HEX_ID}": unexpected commit digest sha256:{HEX_ID}',
+            ImagePullFailed,
+        ),
+        ("read tcp 127.0.0.1:56774->127.0.0.1:44095: read: connection reset by peer", ImagePullFailed),
+        ('Head "http://127.0.0.1:36283/v2/app/manifests/1": EOF', ImagePullFailed),
+        ("unexpected EOF", ImagePullFailed),
+        ("unable to decode token response: invalid character '<' looking for beginning", ImagePullFailed),
+        ("unknown: told to fail", ImagePullFailed),
+        # What is asked for may have any name.
+        ('Head "https://r.example/v2/denied/unauthorized/manifests/1": EOF', ImagePullFailed),
+        (
+            "unexpected status from GET request to https://r.example/v2/forbidden: 502 Bad Gateway",
+            RegistryThrottled,
+        ),
     ],
 )
 def test_failed_pull(message: str, kind: type[BackendError]) -> None:
@@ -90,6 +142,14 @@ def test_failed_pull(message: str, kind: type[BackendError]) -> None:
     [
         (404, "No such image: nope:1", ImageNotFound),
         (404, "network nope not found", LaunchRejected),
+        (
+            404,
+            (
+                "image with reference app:1 was found but does not match the specified platform: wanted "
+                "linux/amd64, actual: linux/arm64"
+            ),
+            ImageNotFound,
+        ),
         (400, "invalid environment variable: =x", LaunchRejected),
         (400, "No command specified", StartFailed),
         (500, "Cannot mkdir: /bin/sh is not a directory", StartFailed),

@@ -72,9 +72,9 @@ class InstantBackend:
         """See ``Backend.probe``."""
         return Health(ok=True, daemon="instant")
 
-    async def image_present(self, image: str) -> bool:
-        """See ``Backend.image_present``."""
-        return True
+    async def image_id(self, image: str) -> str:
+        """See ``Backend.image_id``."""
+        return "instant"
 
     async def image_obtainable(self, image: str) -> bool:
         """See ``Backend.image_obtainable``."""
@@ -82,6 +82,14 @@ class InstantBackend:
 
     async def prepare(self, image: str, on_progress: OnProgress) -> None:
         """See ``Backend.prepare``."""
+
+    async def images_size(self) -> int:
+        """See ``Backend.images_size``."""
+        return 0
+
+    async def remove_image(self, image: str, image_id: str) -> bool:
+        """See ``Backend.remove_image``."""
+        return False
 
     async def launch(self, attempt: Attempt, confirm: Confirm) -> Handle:
         """See ``Backend.launch``."""

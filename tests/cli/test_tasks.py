@@ -16,7 +16,7 @@ from tests.cli.program import Program, until
 STATUS_FIELDS = {
     "id", "state", "queue", "attempt", "reason", "message", "exit_code", "accepted_at", "started_at",
     "finished_at", "not_before", "instance", "container_id", "daemon", "traceparent", "cancel_requested",
-    "takeovers", "retry_of",
+    "takeovers", "retry_of", "image", "pull",
 }  # fmt: skip
 
 

@@ -187,9 +187,10 @@ class QueueUnderTest:
         *,
         delay: float = 0.0,
         budget: Budget = "none",
+        prefer: str = "",
     ) -> Literal["ok", "lost"]:
         return await self.store.finish(
-            Settlement(delivery.task_id, delivery.owner, action, outcome, delay, budget)
+            Settlement(delivery.task_id, delivery.owner, action, outcome, delay, budget, prefer)
         )
 
     # --- time ---------------------------------------------------------------------------
@@ -206,6 +207,12 @@ class QueueUnderTest:
             for task_id in self.redis.zrange(key, 0, -1):
                 self.ask("ZADD", key, "XX", 1, task_id)
 
+    def preferences_pass(self) -> None:
+        """What was given back for a daemon is anybody's now."""
+        for key in self.redis.keys(self.key("ready:*")):
+            for task_id in self.members(key.decode().removeprefix(self.key(""))):
+                self.ask("HDEL", self.key(f"task:{task_id}"), "prefers", "prefers_until")
+
     def forget_gaps(self) -> None:
         """No gap between ticks has been seen."""
         self.redis.hdel(self.key("meta:counters"), "last_tick", "calm_until")
@@ -219,6 +226,7 @@ class QueueUnderTest:
         for _ in range(100):
             self.forget_gaps()
             self.fall_due()
+            self.preferences_pass()
             for task_id in self.members("index:leases"):
                 self.ask("ZADD", self.key("index:leases"), "XX", 1, task_id)
             await self.tick("last")
@@ -252,7 +260,7 @@ class QueueUnderTest:
             if name == STREAM or kind in WEIGHTS:
                 if self.redis.type(raw) == b"list" or self.ask("XLEN", raw):
                     left.append(name)
-            elif kind in {"task", "key", "control", "tail", "live", "follow"}:
+            elif kind in {"task", "key", "control", "tail", "live", "follow", "images", "images-used"}:
                 if not expires:
                     left.append(name)
             elif name not in {"results", "dead", "index:tails"} and not name.startswith(

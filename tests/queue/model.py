@@ -55,6 +55,8 @@ class Expected:
     #: None for an entry that nobody has placed: other tasks can't be compared with it.
     digest: str | None = None
     daemon: str = ""
+    #: The daemon it is kept for while it is ready; '' for none.
+    prefers: str = ""
     attempt: int = 1
     cancelled: bool = False
     delivery: Delivery | None = None

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 from dispatcher.errors import InvalidTask, QueueFull, TaskConflict, TaskNotFound
 from dispatcher.model import Delivery
 from dispatcher.queue.exchange import Action, Limits, SourceKind
+from dispatcher.queue.scripts import SOURCES
 from dispatcher.queue.wire import parse_delivery
 from dispatcher.task import Task
 from tests.queue.conftest import FAILURE, LEASE, SUCCESS, WEIGHTS, QueueUnderTest
@@ -48,6 +49,8 @@ from tests.support.redis_server import RedisUnderTest
 
 T = TypeVar("T")
 EFFORT = {"default": (60, 30), "slow": (2_000, 80)}
+#: Preferences last until a rule ends them, and not until Redis' clock does.
+PREFER_MS = "local PREFER_MS = 2000 "
 
 
 class Scripts(RuleBasedStateMachine):
@@ -171,9 +174,14 @@ class Scripts(RuleBasedStateMachine):
         model = self.model
         served = [name for name in weights if name not in model.paused]
         inbox = by_acceptance(self.queue, self.model, f"inbox:{daemon}")
-        # In its own queue what came back goes first.
+        # In its own queue what came back goes first, but for what is kept for another daemon.
         waiting = {
-            name: by_acceptance(self.queue, self.model, f"ready:{name}") + model.at(f"stream:{name}")
+            name: [
+                task_id
+                for task_id in by_acceptance(self.queue, self.model, f"ready:{name}")
+                if model.tasks[task_id].prefers in {"", daemon}
+            ]
+            + model.at(f"stream:{name}")
             for name in served
         }
         there = len(inbox) + sum(map(len, waiting.values()))
@@ -198,7 +206,8 @@ class Scripts(RuleBasedStateMachine):
             assert delivery.traceparent == task.traceparent
             assert (delivery.attempt, delivery.daemon) == (task.attempt, task.daemon)
             assert delivery.cancelled == task.cancelled
-            task.place, task.delivery = "lease", delivery
+            task.place, task.delivery, task.prefers = "lease", delivery, ""
+            assert not self.queue.record(delivery.task_id).keys() & {"prefers", "prefers_until"}
         for delivery in taken:
             if delivery.fields is not None:
                 self._place(delivery)
@@ -246,15 +255,18 @@ class Scripts(RuleBasedStateMachine):
         container=st.sampled_from(["", *DAEMONS]),
         action=st.sampled_from([None, "final", "retry", "release", "detach"]),
         delay=st.sampled_from([0.0, 0.0, 30.0]),
+        prefer=st.sampled_from(["", *DAEMONS]),
         repeated=st.booleans(),
     )
-    def work(self, *, pick: int, container: str, action: Action | None, delay: float, repeated: bool) -> None:
+    def work(
+        self, *, pick: int, container: str, action: Action | None, delay: float, prefer: str, repeated: bool
+    ) -> None:
         if not self.model.held:
             return
         task = self.model.held[pick % len(self.model.held)]
         self._renew(task, container)
         if action:
-            self._finish(task, action, delay, repeated=repeated)
+            self._finish(task, action, delay, prefer, repeated=repeated)
 
     def _renew(self, task: Expected, container: str) -> None:
         assert task.delivery
@@ -263,12 +275,13 @@ class Scripts(RuleBasedStateMachine):
         assert answer == ("cancel" if task.cancelled else "ok")
         task.daemon = fields.get("daemon", task.daemon)
 
-    def _finish(self, task: Expected, action: Action, delay: float, *, repeated: bool) -> None:
+    def _finish(self, task: Expected, action: Action, delay: float, prefer: str, *, repeated: bool) -> None:
         delivery = task.delivery
         assert delivery
         outcome = SUCCESS if action == "final" else FAILURE
         for _ in range(1 + repeated):
-            assert self.run(self.queue.finish(delivery, action, outcome, delay=delay)) == "ok"
+            answer = self.run(self.queue.finish(delivery, action, outcome, delay=delay, prefer=prefer))
+            assert answer == "ok"
         self.stale.append(delivery)
         if action == "final" or (task.cancelled and action in {"retry", "release"}):
             task.place, task.delivery = "ended", None
@@ -282,6 +295,13 @@ class Scripts(RuleBasedStateMachine):
             task.place, task.delivery = f"due:{task.queue}", None
         else:
             self.model.put_back(task)
+            task.prefers = prefer if action == "release" else ""
+
+    @rule()
+    def preferences_pass(self) -> None:
+        self.queue.preferences_pass()
+        for task in self.model.tasks.values():
+            task.prefers = ""
 
     @rule(pick=picks, action=st.sampled_from(["final", "retry", "release", "detach"]))
     def write_of_a_former_owner(self, pick: int, action: Action) -> None:
@@ -384,8 +404,12 @@ class Scripts(RuleBasedStateMachine):
 @pytest.mark.timeout(900)  # what is found is made small before it is told
 @pytest.mark.parametrize("kind", ["redis-stream", "redis-list"])
 def test_every_task_has_one_place_and_one_end_whatever_happens(
-    redis_server: RedisUnderTest, kind: SourceKind
+    redis_server: RedisUnderTest, kind: SourceKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("finish", "take"):
+        assert PREFER_MS in SOURCES[name]
+        lasting = SOURCES[name].replace(PREFER_MS, "local PREFER_MS = 3600000 ")
+        monkeypatch.setitem(SOURCES, name, lasting)
     examples, steps = EFFORT.get(os.environ.get("HYPOTHESIS_PROFILE", ""), EFFORT["default"])
 
     class Here(Scripts):

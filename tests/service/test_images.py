@@ -86,9 +86,10 @@ async def test_a_registry_that_is_not_there_spends_the_infrastructure_budget(
 
 async def test_a_task_that_waits_for_an_image_is_cancelled_with_its_pull(docker_system: DockerSystem) -> None:
     async with docker_system.client() as client, docker_system.instance() as dispatcher:
-        ended = anyio.Event()
+        begun, ended = anyio.Event(), anyio.Event()
 
         async def hang(*_: object) -> None:
+            begun.set()
             try:
                 await anyio.sleep_forever()
             finally:
@@ -101,11 +102,13 @@ async def test_a_task_that_waits_for_an_image_is_cancelled_with_its_pull(docker_
             return (await handle.status()).state is State.PULLING
 
         await wait_until(pulling, TIMEOUT)
+        with anyio.fail_after(TIMEOUT):
+            await begun.wait()
         await handle.cancel()
         assert (await handle.wait(TIMEOUT)).state is State.CANCELLED
         with anyio.fail_after(TIMEOUT):
             await ended.wait()
-        assert dispatcher.images.pulls == []
+        await wait_until(lambda: not dispatcher.images.pulls, TIMEOUT)
 
 
 async def test_a_pull_that_stalls_is_given_up(docker_system: DockerSystem) -> None:

@@ -31,7 +31,7 @@ END_TIMEOUT = 30
 class OwnEngine:
     """A dockerd whose state outlives its process, as a host's does."""
 
-    def __init__(self, home: Path, *, live_restore: bool = False) -> None:
+    def __init__(self, home: Path, *, live_restore: bool = False, hasty: bool = False) -> None:
         """``home``: a directory with a short path. Its ``data`` may be a file system of its own."""
         self.home = home
         self.base_url = f"unix://{home}/engine.sock"
@@ -49,6 +49,8 @@ class OwnEngine:
             "exec-root": str(home / "exec"),
             "pidfile": str(home / "pid"),
         }
+        if hasty:
+            configuration |= {"max-download-attempts": 1, "max-concurrent-downloads": 20}
         (home / "daemon.json").write_text(json.dumps(configuration))
 
     @property
@@ -171,10 +173,13 @@ class OwnEngine:
 
 
 @contextlib.contextmanager
-def own_engine(*, live_restore: bool = False, data_bytes: int | None = None) -> Iterator[OwnEngine]:
+def own_engine(
+    *, live_restore: bool = False, data_bytes: int | None = None, hasty: bool = False
+) -> Iterator[OwnEngine]:
     """An engine that answers and has the tests' image, or a skip that says why there is none.
 
-    ``data_bytes``: it keeps all its data on a disk of so many bytes.
+    ``data_bytes``: it keeps all its data on a disk of so many bytes. ``hasty``: it tries a
+    layer that breaks off once more only, which takes five seconds, and does so with many at a time.
     """
     if os.geteuid() or not shutil.which("dockerd"):
         pytest.skip(f"no engine to break: {'dockerd is not installed' if not os.geteuid() else 'not root'}")
@@ -186,7 +191,7 @@ def own_engine(*, live_restore: bool = False, data_bytes: int | None = None) -> 
             (home / "data").mkdir()
             options = ["-t", "tmpfs", "-o", f"size={data_bytes}", "tmpfs"]
             subprocess.run(["mount", *options, home / "data"], check=True, capture_output=True)
-        engine = OwnEngine(home, live_restore=live_restore)
+        engine = OwnEngine(home, live_restore=live_restore, hasty=hasty)
         try:
             engine.start()
             repository, _, tag = IMAGE.partition(":")

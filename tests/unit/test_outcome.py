@@ -21,11 +21,13 @@ from dispatcher.errors import (
     BackendError,
     BackendUnreachable,
     ContainerGone,
+    ImageInvalid,
     ImageNotFound,
     ImagePullFailed,
     ImageUnauthorized,
     LaunchRejected,
     NoCapacity,
+    RegistryThrottled,
     StartFailed,
 )
 from dispatcher.model import Delivery, Exit, Outcome, Reason, State
@@ -110,6 +112,8 @@ def test_infrastructure_failures_have_a_budget_of_their_own(reason: Reason) -> N
         (BackendError(), Reason.BACKEND_ERROR, "retry"),
         (ContainerGone(), Reason.LOST, "retry"),
         (ImagePullFailed(), Reason.IMAGE_PULL_FAILED, "retry"),
+        (RegistryThrottled(), Reason.IMAGE_PULL_FAILED, "retry"),
+        (ImageInvalid(), Reason.IMAGE_PULL_FAILED, "final"),
         (BackendUnreachable(), Reason.BACKEND_ERROR, "detach"),
         (NoCapacity(), Reason.BACKEND_ERROR, "release"),
         (StartFailed(), Reason.START_FAILED, "final"),

@@ -54,7 +54,25 @@ def test_the_defaults_are_the_contracts() -> None:
     assert set(loaded.sources.values()) == {"default"}
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("linux/amd64", "linux/amd64"),
+        ("linux/arm64/v8", "linux/arm64/v8"),
+        ("Linux/x86_64", "linux/amd64"),
+        ("linux/aarch64", "linux/arm64"),
+    ],
+)
+def test_platforms_are_named_as_engines_do(monkeypatch: pytest.MonkeyPatch, given: str, meant: str) -> None:
+    monkeypatch.setenv("DOCKER_DEFAULT_PLATFORM", given)
+    assert load().settings.docker_default_platform == meant
+
+
 BAD = [
+    ("DOCKER_DEFAULT_PLATFORM", "amd64", "must be os/arch or os/arch/variant"),
+    ("DOCKER_DEFAULT_PLATFORM", "linux/", "must be os/arch or os/arch/variant"),
+    ("DOCKER_DEFAULT_PLATFORM", "linux/arm64/v8/x", "must be os/arch or os/arch/variant"),
+    ("DOCKER_DEFAULT_PLATFORM", "linux/a b", "must be os/arch or os/arch/variant"),
     ("REDIS_URL", "http://example.com", "redis://"),
     ("REDIS_URL", "redis+sentinel://a:1", "must name the master"),
     ("REDIS_URL", "redis+sentinel://a:1/m/x", "must read redis+sentinel://"),
@@ -81,6 +99,8 @@ BAD = [
     ("MAX_CONCURRENT_PULLS", "0", "greater than or equal to 1"),
     ("MAX_WAITING_PULLS", "-1", "greater than or equal to 1"),
     ("PULL_STALL_TIMEOUT", "0", "greater than 0"),
+    ("IMAGE_DISK_HIGH", "much", "256MiB"),
+    ("IMAGE_DISK_LOW", "-1", "256MiB"),
     ("BACKEND", "Docker Engine", "'docker' or 'process'"),
     ("ALLOW_PROCESS_BACKEND", "perhaps", "true or false"),
     ("HEALTH_PORT", "70000", "less than or equal to 65535"),
@@ -136,6 +156,8 @@ def test_all_wrong_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_
         ({"TASK_DEFAULT_TIMEOUT": "10", "TASK_MAX_TIMEOUT": "5"}, "TASK_DEFAULT_TIMEOUT"),
         ({"TASK_DEFAULT_MEMORY": "2g", "TASK_MAX_MEMORY": "1g"}, "TASK_DEFAULT_MEMORY"),
         ({"LOG_TAIL_BYTES": "2g", "LOG_TAIL_TOTAL_BYTES": "1g"}, "LOG_TAIL_BYTES"),
+        ({"IMAGE_DISK_LOW": "2g", "IMAGE_DISK_HIGH": "1g"}, "IMAGE_DISK_LOW"),
+        ({"IMAGE_DISK_LOW": "0"}, "IMAGE_DISK_LOW"),
     ],
 )
 def test_what_is_wrong_only_together_is_told(
@@ -145,6 +167,16 @@ def test_what_is_wrong_only_together_is_told(
         monkeypatch.setenv(variable, value)
     (problem,) = problems()
     assert problem.startswith(f"{name}: ")
+
+
+def test_images_are_brought_down_to_four_fifths_unless_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().settings.image_disk_high is None
+    monkeypatch.setenv("IMAGE_DISK_HIGH", "50GB")
+    assert load().settings.image_disk_goal == 40 * 1024**3
+    monkeypatch.setenv("IMAGE_DISK_LOW", "50GB")
+    assert load().settings.image_disk_goal == load().settings.image_disk_high
+    monkeypatch.setenv("IMAGE_DISK_LOW", "0")
+    assert load().settings.image_disk_goal == 0
 
 
 def test_flags_go_before_environment_before_file_before_default(

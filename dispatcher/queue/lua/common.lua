@@ -13,6 +13,7 @@ local EXPIRES = BASE .. 'index:expires' -- tasks that nobody holds and that must
 local SUSPECTS = BASE .. 'meta:suspects' -- by instance: the task it holds that killed others
 local PAUSED = BASE .. 'meta:paused'
 
+local PREFER_MS = 2000 -- how long a task that is given back stays for a daemon that has its image
 local FAR = 253402300799000 -- the end of year 9999, RFC 3339's last
 local ENDED = { succeeded = true, failed = true, cancelled = true }
 

@@ -1,12 +1,14 @@
 -- Gives tasks up: state, result, dead letter or retry in one step. Under memory pressure this
 -- frees more than it writes. ARGV per task:
---   id, owner, action, state, reason, message, exit_code, started_ms, finished_ms, dead, delay_ms, budget.
+--   id, owner, action, state, reason, message, exit_code, started_ms, finished_ms, dead, delay_ms, budget,
+--   prefer.
 -- action: final; retry (a new attempt); release (the same attempt, which has no container yet);
 --   detach (the same attempt, whose container may be there: for an instance on its daemon).
 -- budget, for all but final: app, infra or none.
+-- prefer, for a release without delay: a daemon that the task is kept for during PREFER_MS, or ''.
 -- Returns per task: ok; lost. A repeated call whose first reply was lost answers ok again.
 
-local FIELDS = 12
+local FIELDS = 13
 
 local function come_back(id, delay)
   watch_expiry(id)
@@ -17,7 +19,8 @@ local function come_back(id, delay)
   end
 end
 
-local function settle(id, owner, action, state, reason, message, exit_code, started, finished, dead, delay, budget)
+local function settle(id, owner, action, state, reason, message, exit_code, started, finished, dead, delay, budget,
+  prefer)
   local r = fields_of(id, 'owner', 'settled', 'cancel')
   if owner == '' then
     return 'lost' -- nobody's token: what lies in no hands would match it
@@ -45,6 +48,9 @@ local function settle(id, owner, action, state, reason, message, exit_code, star
     redis.call('HINCRBY', record_key(id), 'attempt', 1)
     redis.call('HSET', record_key(id), 'reason', reason, 'message', message, 'exit_code', exit_code,
       'started', started, 'finished', finished)
+  end
+  if action == 'release' and prefer ~= '' and tonumber(delay) == 0 then
+    redis.call('HSET', record_key(id), 'prefers', prefer, 'prefers_until', int(now_ms() + PREFER_MS))
   end
   come_back(id, tonumber(delay))
   return 'ok'

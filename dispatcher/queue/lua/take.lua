@@ -4,7 +4,8 @@
 -- Without queues it gives only what has a container on the daemon.
 -- Order: the daemon's inbox; then the queues by weight. In a queue's turn what came back
 -- (`ready`) goes first, by time of acceptance, and then its stream.
--- A task that killed its owners is given only to an instance that holds no other such one.
+-- A task that killed its owners is given only to an instance that holds no other such one, and one
+-- that was given back for a daemon only to an instance there, for a moment.
 -- Returns per task {id, queue, owner, fence, attempt, document, source, oversize, traceparent,
 --   tracestate, accepted, app_failures, infra_failures, cancel, cause, daemon, container, ran, fields};
 --   `fields` is the raw entry of a task that nobody has validated yet, else ''; `ran` milliseconds since the
@@ -17,11 +18,13 @@ local adopting = #ARGV < FIRST_QUEUE -- takes only what may run already
 local MAX_TRACESTATE = 512 -- what W3C Trace Context asks everybody to carry
 local MAX_UNPACK = 1000 -- Lua's stack holds less than 8000 values
 local SUSPICIOUS = 2 -- owners that a task must have killed until it is kept from others like it
+local MAX_PREFERRING = 100 -- tasks kept for other daemons that one call passes over; then it takes them
 local max_bytes, lists = limits().max_bytes, are_lists()
 local now = now_ms()
 local ENTRY_FIELDS = { task = true, traceparent = true, tracestate = true }
 local taken = {}
 local set_aside = {} -- what this instance must not take now, to be put back
+local preferring = 0
 go_on_without_memory()
 
 local function is_suspicious(deaths)
@@ -35,11 +38,22 @@ local function holds_suspect()
   return r and r[1] ~= '' and r[2] == instance and is_suspicious(r[3])
 end
 
+-- Whether a task waits for a daemon that is not ours. A time too far ahead is none: the clock was
+-- set back since.
+local function prefers_another(prefers, until_ms)
+  if prefers == '' or prefers == daemon or preferring >= MAX_PREFERRING then
+    return false
+  end
+  local left = tonumber(until_ms) - now
+  return left > 0 and left <= PREFER_MS
+end
+
 local function hold(id)
   local fence = redis.call('HINCRBY', META, 'fence', 1)
   local owner = instance .. '/' .. incarnation .. '/' .. int(fence)
   redis.call('HSET', record_key(id), 'owner', owner, 'instance', instance, 'fence', int(fence), 'entry', '',
     'taken', int(now))
+  redis.call('HDEL', record_key(id), 'prefers', 'prefers_until')
   redis.call('ZADD', LEASES, int(now + lease), id)
   return owner, int(fence)
 end
@@ -61,10 +75,13 @@ local function take_from(set)
   repeat
     local popped = redis.call('ZPOPMIN', set)
     local id = popped[1]
-    local r = id and fields_of(id, 'state', 'owner', 'deaths', 'container')
+    local r = id and fields_of(id, 'state', 'owner', 'deaths', 'container', 'prefers', 'prefers_until')
     if r and r[1] ~= '' and not ENDED[r[1]] and r[2] == '' then
       local suspicious = is_suspicious(r[3])
       if adopting and r[4] == '' or suspicious and holds_suspect() then
+        set_aside[#set_aside + 1] = { set, popped[2], id }
+      elseif prefers_another(r[5], r[6]) then
+        preferring = preferring + 1
         set_aside[#set_aside + 1] = { set, popped[2], id }
       else
         if suspicious then
@@ -237,8 +254,8 @@ local function take_entries(q, entries)
 end
 
 local function put_aside_back()
-  for _, suspect in ipairs(set_aside) do
-    redis.call('ZADD', unpack(suspect))
+  for _, kept in ipairs(set_aside) do
+    redis.call('ZADD', unpack(kept))
   end
 end
 

@@ -1,0 +1,408 @@
+"""The gate for starts, on simulated engines in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import deque
+from heapq import heapify, heappop, heappush
+from itertools import count
+from statistics import mean, median
+
+import anyio
+import pytest
+
+from dispatcher.dispatch import start_gate
+from dispatcher.dispatch.start_gate import HANGS_AFTER, MOST, Launch, StartGate
+from tests.support import virtual_time
+
+#: Seconds that a launch takes alone on the simulated engine: what was measured on a real one.
+ALONE = 0.165
+#: What a launch in a burst may take at most, as a multiple of one alone, and the least rate.
+SLOWER = 2.2
+RATE = 0.97
+
+
+class Engine:
+    """Works on so many launches at once; more share it evenly."""
+
+    def __init__(self, cores: int, *, seed: int = 1) -> None:
+        self._cores = cores
+        self._random = random.Random(seed)
+        #: Seconds of work of a launch.
+        self.alone = ALONE
+        #: Seconds of work done so far on each launch that was there all the time, as of ``_seen``.
+        self._worked = 0.0
+        self._seen = 0.0
+        #: The launches under way, by how much must have been worked when they are done.
+        self._ends: list[tuple[float, int, asyncio.Event]] = []
+        self._numbers = count()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def launch(self) -> None:
+        """Take the time of one launch, which varies by a tenth."""
+        self._work()
+        done = asyncio.Event()
+        job = (self._worked + self.alone * self._random.lognormvariate(0, 0.1), next(self._numbers), done)
+        heappush(self._ends, job)
+        self._wait_for_next()
+        try:
+            await done.wait()
+        except asyncio.CancelledError:
+            if job in self._ends:
+                self._work()
+                self._ends.remove(job)
+                heapify(self._ends)
+                self._wait_for_next()
+            raise
+
+    @property
+    def _speed(self) -> float:
+        return min(1.0, self._cores / len(self._ends))
+
+    def _work(self) -> None:
+        now = anyio.current_time()
+        if self._ends:
+            self._worked += (now - self._seen) * self._speed
+        self._seen = now
+
+    def _wait_for_next(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._ends:
+            left = max(0.0, self._ends[0][0] - self._worked) / self._speed
+            self._timer = asyncio.get_running_loop().call_later(left, self._one_is_done)
+
+    def _one_is_done(self) -> None:
+        self._work()
+        heappop(self._ends)[2].set()
+        self._wait_for_next()
+
+    def rate(self) -> float:
+        """The most launches a second that up to MOST at once can have, in the mean."""
+        return min(MOST, self._cores) / (self.alone * 1.005)
+
+
+class Load:
+    """Launches through a gate, one after another comes free or as they are told to."""
+
+    def __init__(self, engine: Engine, gate: StartGate) -> None:
+        self.engine = engine
+        self.gate = gate
+        #: (when, seconds) of each launch that succeeded.
+        self.launched: list[tuple[float, float]] = []
+        self.inside: set[Launch] = set()
+
+    async def one(self) -> None:
+        """One launch."""
+        async with self.gate.launching() as launch:
+            entered = anyio.current_time()
+            self.inside.add(launch)
+            try:
+                await self.engine.launch()
+                launch.started()
+                self.launched.append((anyio.current_time(), anyio.current_time() - entered))
+            finally:
+                self.inside.discard(launch)
+
+    async def for_seconds(self, seconds: float) -> None:
+        """As many waiting as a busy instance has, for so long; then those that are left."""
+        until = anyio.current_time() + seconds
+
+        async def consumer() -> None:
+            while anyio.current_time() < until:
+                await self.one()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(2 * MOST):
+                group.start_soon(consumer)
+
+    def seen(self, begin: float, end: float) -> tuple[float, float]:
+        """The median of what launches took then, as a multiple of one alone, and the part of the
+        possible rate that they had."""
+        took = [seconds for when, seconds in self.launched if begin <= when < end]
+        return median(took) / self.engine.alone, len(took) / (end - begin) / self.engine.rate()
+
+
+@pytest.mark.parametrize(("cores", "first"), [(1, 16), (2, 2), (2, 16), (3, 6), (8, 2), (64, 2), (64, 16)])
+def test_a_busy_gate_finds_the_limit_of_its_engine(cores: int, first: int) -> None:
+    async def scene() -> None:
+        load = Load(Engine(cores), StartGate(limit=first))
+        await load.for_seconds(70)
+        slower, rate = load.seen(20, 70)
+        assert slower <= SLOWER
+        assert rate >= RATE
+
+    virtual_time.run(scene())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_burst_after_single_launches_has_nearly_the_whole_rate(seed: int) -> None:
+    async def scene() -> None:
+        load = Load(Engine(2, seed=seed), StartGate(limit=4))
+        for _ in range(5):
+            await load.one()
+        began = anyio.current_time()
+        load.launched.clear()
+        async with anyio.create_task_group() as group:
+            for _ in range(32):
+                group.start_soon(load.one)
+        slower, _ = load.seen(began, anyio.current_time() + 1)
+        # The last of them are fewer than the engine could work on.
+        ideal = 31 / load.engine.rate() + ALONE
+        assert slower <= SLOWER
+        assert ideal / (anyio.current_time() - began) >= RATE - 0.02
+
+    virtual_time.run(scene())
+
+
+def test_it_follows_an_engine_that_becomes_slower_and_recovers() -> None:
+    async def scene() -> None:
+        load = Load(Engine(8), StartGate(limit=16))
+
+        async def change() -> None:
+            await anyio.sleep(20)
+            load.engine.alone = 3 * ALONE
+            await anyio.sleep(80)
+            slower, rate = load.seen(40, 100)
+            assert slower <= SLOWER
+            assert rate >= RATE
+            load.engine.alone = ALONE
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(change)
+            group.start_soon(load.for_seconds, 150)
+        slower, rate = load.seen(110, 150)
+        assert slower <= SLOWER
+        assert rate >= RATE
+
+    virtual_time.run(scene())
+
+
+def test_a_first_launch_that_was_slow_by_chance_is_soon_outweighed() -> None:
+    async def scene() -> None:
+        load = Load(Engine(2), StartGate(limit=4))
+        load.engine.alone = 3 * ALONE
+        await load.one()
+        load.engine.alone = ALONE
+        await load.for_seconds(100)
+        slower, _ = load.seen(15, 100)
+        assert slower <= SLOWER
+
+    virtual_time.run(scene())
+
+
+def test_a_change_that_is_no_cause_for_doubt_is_noticed_in_time() -> None:
+    async def scene() -> None:
+        load = Load(Engine(2), StartGate(limit=4))
+        await load.for_seconds(5)
+        load.engine.alone = 0.7 * ALONE  # what was measured before it allows three times as long
+        await load.for_seconds(60)
+        slower, _ = load.seen(40, 65)
+        assert slower <= SLOWER
+
+    virtual_time.run(scene())
+
+
+def test_no_more_than_the_backend_can_serve_hang_at_the_same_time() -> None:
+    async def scene() -> None:
+        gate = StartGate(limit=4)
+        inside: list[bool] = []
+        widest: list[int] = []
+
+        async def hang() -> None:
+            async with gate.launching():
+                inside.append(True)
+                widest.append(len(inside))
+                await anyio.sleep(1_000)
+                inside.pop()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(40):
+                group.start_soon(hang)
+        assert max(widest) == MOST
+
+    virtual_time.run(scene())
+
+
+@pytest.mark.parametrize("hanging", [1, 4])
+def test_launches_that_hang_hold_the_others_back_for_a_moment_only(hanging: int) -> None:
+    async def scene() -> None:
+        load = Load(Engine(2), StartGate(limit=4))
+
+        async def hang() -> None:
+            async with load.gate.launching():
+                await anyio.sleep(120)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(hanging):  # the first of them is a probe
+                group.start_soon(hang)
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(load.for_seconds, 70)
+        first = min(when for when, _ in load.launched)
+        assert first < (1.0 if hanging < 4 else HANGS_AFTER) + 2
+        _, rate = load.seen(HANGS_AFTER + 2, 70)
+        assert rate >= RATE
+
+    virtual_time.run(scene())
+
+
+def test_a_probe_that_fails_is_not_tried_again_at_once() -> None:
+    async def scene() -> None:
+        gate = StartGate(limit=4)
+        inside: list[bool] = []
+        widest: list[int] = []
+
+        async def failing() -> None:
+            async with gate.launching():
+                inside.append(True)
+                widest.append(len(inside))
+                await anyio.sleep(ALONE)
+                inside.pop()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(400):
+                group.start_soon(failing)
+        assert anyio.current_time() < 400 / 4 * ALONE + 1
+        assert gate.limit == 4, "launches that fail say nothing"
+        assert max(widest) == 4
+
+    virtual_time.run(scene())
+
+
+def test_who_came_first_enters_first() -> None:
+    async def scene() -> None:
+        gate = StartGate(limit=3)
+        order = []
+
+        async def launch(number: int) -> None:
+            async with gate.launching() as launch:
+                order.append(number)
+                await anyio.sleep(ALONE)
+                launch.started()
+
+        async with anyio.create_task_group() as group:
+            for number in range(50):
+                group.start_soon(launch, number)
+        assert order == list(range(50))
+
+    virtual_time.run(scene())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_the_limit_holds_and_no_place_is_lost(seed: int) -> None:
+    """Launches succeed, fail, adopt, hang and are cancelled, while they wait and inside."""
+    chance = random.Random(seed)
+
+    async def scene() -> None:
+        load = Load(Engine(chance.choice([1, 2, 8]), seed=seed), StartGate(limit=chance.randint(2, 16)))
+        order: deque[int] = deque()
+        entered: dict[Launch, float] = {}
+
+        async def launch(number: int) -> None:
+            with anyio.move_on_after(chance.choice([0, 0.05, 1, 5, 1_000])):
+                order.append(number)
+                try:
+                    async with load.gate.launching() as launch:
+                        assert order.popleft() == number
+                        entered[launch] = anyio.current_time()
+                        check()
+                        try:
+                            await act(launch)
+                        finally:
+                            del entered[launch]
+                finally:
+                    if number in order:
+                        order.remove(number)
+
+        async def act(launch: Launch) -> None:
+            how = chance.random()
+            if how < 0.02:
+                await anyio.sleep(4 * HANGS_AFTER)
+            if how < 0.1:
+                raise ConnectionError
+            await load.engine.launch()
+            if how < 0.9:
+                launch.started()
+
+        def check() -> None:
+            now = anyio.current_time()
+            working = sum(now - when < HANGS_AFTER for when in entered.values())
+            # Those are more that were inside when the limit shrank; nobody enters beside them.
+            assert working <= load.gate.limit
+            assert len(entered) <= MOST
+
+        async def survived(number: int) -> None:
+            try:
+                await launch(number)
+            except ConnectionError:
+                pass
+
+        async with anyio.create_task_group() as group:
+            for number in range(300):
+                if chance.random() < 0.2:
+                    await anyio.sleep(chance.expovariate(2))
+                group.start_soon(survived, number)
+        assert not entered
+        # All of it is there again: as many as the limit are inside at once.
+        load.launched.clear()
+        await load.for_seconds(60)
+        assert load.seen(load.launched[0][0] + 30, load.launched[0][0] + 60)[1] >= RATE
+
+    virtual_time.run(scene())
+
+
+def test_who_waits_costs_nothing_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand who wait are not woken for each one that enters."""
+    looks = 0
+    admit = StartGate._admit
+
+    def counted(gate: StartGate) -> None:
+        nonlocal looks
+        looks += 1
+        admit(gate)
+
+    monkeypatch.setattr(start_gate.StartGate, "_admit", counted)
+
+    async def scene() -> None:
+        load = Load(Engine(2), StartGate(limit=4))
+        async with anyio.create_task_group() as group:
+            for _ in range(1_000):
+                group.start_soon(load.one)
+
+    virtual_time.run(scene())
+    assert looks < 1_000 * 4
+
+
+def test_a_host_of_few_and_of_many_processors_begins_within_the_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def limit() -> int:
+        return StartGate().limit
+
+    limits = []
+    for cores in (None, 1, 2, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        limits.append(virtual_time.run(limit()))
+    assert limits == [2, 2, 4, 16]
+
+
+def test_the_engine_of_these_tests_behaves_as_it_is_meant_to() -> None:
+    async def scene() -> None:
+        engine = Engine(2)
+        took = []
+
+        async def launch() -> None:
+            began = anyio.current_time()
+            await engine.launch()
+            took.append(anyio.current_time() - began)
+
+        await launch()
+        async with anyio.create_task_group() as group:
+            for _ in range(8):
+                group.start_soon(launch)
+        assert took[0] == pytest.approx(ALONE, rel=0.4)
+        assert mean(took[1:]) == pytest.approx(4 * ALONE, rel=0.2)
+
+    virtual_time.run(scene())
