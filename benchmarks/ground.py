@@ -102,11 +102,16 @@ class Ground:
                     time.sleep(LOOK)
 
     @contextlib.contextmanager
-    def instance(self, *, warm_up: int = WARM_UP, **settings: str) -> Iterator[Instance]:
-        """A dispatcher on an empty Redis, after so many tasks that nobody measures; drained at the end."""
+    def instance(
+        self, *, warm_up: int = WARM_UP, width: int | None = None, **settings: str
+    ) -> Iterator[Instance]:
+        """A dispatcher on an empty Redis, after so many tasks that nobody measures; drained at the end.
+
+        ``width``: so many starts at once, instead of a start gate that tunes itself.
+        """
         with self.redis.client() as redis:
             redis.flushall()
-        with Instance(self, settings) as instance:
+        with Instance(self, settings, width) as instance:
             for _ in range(warm_up):
                 instance.run([warm()])
             yield instance
@@ -115,8 +120,10 @@ class Ground:
 class Instance:
     """One dispatcher, and a client of it."""
 
-    def __init__(self, ground: Ground, settings: dict[str, str]) -> None:
-        """``settings``: what is set besides ``Ground.flags``, as environment variables are."""
+    def __init__(self, ground: Ground, settings: dict[str, str], width: int | None) -> None:
+        """``settings``: what is set besides ``Ground.flags``, as environment variables are.
+        ``width``: see ``Ground.instance``."""
+        self._width = [] if width is None else [str(width)]
         number = os.urandom(4).hex()
         self._launches = ground.home / f"launches-{number}"
         self._log = ground.home / f"log-{number}"
@@ -131,7 +138,7 @@ class Instance:
         with ExitStack() as stack:
             with self._log.open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.instance", self._launches],
+                    [sys.executable, "-m", "benchmarks.instance", self._launches, *self._width],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

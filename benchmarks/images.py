@@ -88,7 +88,7 @@ async def _shared_pull(
             began = time.monotonic()
             async with anyio.create_task_group() as group:
                 for caller in range(CALLERS):
-                    group.start_soon(dispatcher.images.pull, Task(image=mine), f"caller-{caller}")
+                    group.start_soon(dispatcher.images.pull, Task(image=mine), f"caller-{caller}", "")
             ours.append(time.monotonic() - began)
             pulls.append(registry.pulls(name) - before)
             began = time.monotonic()
@@ -155,7 +155,7 @@ async def _present(
             if forget:
                 dispatcher.images.forget(str(task.reference))
             began = time.perf_counter()
-            if await dispatcher.images.needs_pull(task):
+            if await dispatcher.images.needs_pull(task, ""):
                 raise RuntimeError(f"{reference} is not there")
             took.append(time.perf_counter() - began)
         return median(took)

@@ -1,8 +1,9 @@
-"""A dispatcher under measure, in a process of its own: ``python -m benchmarks.instance FILE``.
+"""A dispatcher under measure, in a process of its own: ``python -m benchmarks.instance FILE [WIDTH]``.
 
 It is the dispatcher as it is, set by its environment. Only the histogram of launches is watched:
 each launch's seconds, from the start gate to the container's start, are written to FILE, a line
-each, for buckets are too coarse to tell a median.
+each, for buckets are too coarse to tell a median. With WIDTH the start gate does not tune itself: so
+many are let in at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from opentelemetry.metrics import Histogram
 
 from dispatcher.backends import load_backend
 from dispatcher.cli.logging import configure
+from dispatcher.dispatch import start_gate
 from dispatcher.service import Dispatcher
 from dispatcher.settings import load
 
@@ -51,5 +53,7 @@ async def serve(file: TextIO) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        start_gate.LEAST = start_gate.MOST = int(sys.argv[2])
     with Path(sys.argv[1]).open("w", buffering=1) as launches:
         anyio.run(serve, launches)

@@ -43,8 +43,10 @@ class Finding:
 
     @property
     def ratio(self) -> float | None:
-        """Ours as a multiple of the floor."""
-        return self.ours / self.floor if self.floor else None
+        """Ours as a multiple of the floor: the median of the rounds, whose halves are of one moment."""
+        pairs = zip(self.ours_rounds, self.floor_rounds, strict=True) if self.floor_rounds else ()
+        ratios = [ours / floor for ours, floor in pairs]
+        return median(ratios) if ratios else None
 
     @property
     def met(self) -> bool:

@@ -47,6 +47,8 @@ def test_a_goal_is_about_the_ratio_or_our_own_figure_at_most_or_at_least() -> No
     assert Finding(what="w", batch="b", ours_rounds=[3], floor_rounds=[2], goal=1.4, bound="least").met
     assert Finding(what="w", batch="b", ours_rounds=[3], goal=3, judged="ours").met
     assert not Finding(what="w", batch="b", ours_rounds=[3], goal=3).met, "no floor, no ratio"
+    drifting = Finding(what="w", batch="b", ours_rounds=[2, 6, 9], floor_rounds=[2, 3, 9], goal=1)
+    assert (drifting.ours, drifting.floor, drifting.ratio) == (6, 3, 1)
     assert report.row(slow)[-3:] == ["1.50", "≤ 1.4", "NO"]
 
 

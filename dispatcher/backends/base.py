@@ -92,11 +92,14 @@ class Backend(Protocol):
         """Whether the registry would give ``image`` now. Pulls nothing; takes at most 15 s."""
         ...
 
-    async def prepare(self, image: str, on_progress: OnProgress) -> None:
+    async def prepare(self, image: str, on_progress: OnProgress) -> bool:
         """Pull ``image``, also if it is present. Unbounded in time: the caller cancels.
 
+        Returns whether what was pulled is new on the daemon: it was not there before by any name.
+
         Raises ImageNotFound, ImageUnauthorized, ImageInvalid, RegistryThrottled (with
-        ``retry_after`` where the registry told), ImagePullFailed, BackendUnreachable.
+        ``retry_after`` where the registry told), ImagePullFailed, NoCapacity,
+        BackendUnreachable.
         """
         ...
 

@@ -132,9 +132,9 @@ class DockerBackend:
         """See ``Backend.image_obtainable``."""
         return await self._images.obtainable(image)
 
-    async def prepare(self, image: str, on_progress: OnProgress) -> None:
+    async def prepare(self, image: str, on_progress: OnProgress) -> bool:
         """See ``Backend.prepare``. Each call of ``on_progress`` means that something moved."""
-        await self._images.prepare(image, on_progress)
+        return await self._images.prepare(image, on_progress)
 
     async def images_size(self) -> int:
         """See ``Backend.images_size``."""

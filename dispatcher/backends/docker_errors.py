@@ -81,11 +81,17 @@ _NO_PROGRAM = re.compile(r"no command specified|cannot mkdir|is not a directory"
 _TRANSIENT_START = re.compile(r"deadline exceeded|timed? ?out|connection refused|transport is closing|ttrpc")
 _START_DETAIL = re.compile(r"(?:starting container process caused|unable to start container process): (.+)")
 _ID_PREFIX = re.compile(r"\b[0-9a-f]{64}\b")
+#: What may be secret in an address: a user with a password, and the signature in a query.
+_IN_ADDRESS = re.compile(
+    r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?:[^\s/@\"']+@)?(?P<path>[^\s?#\"']*)(?:[?#][^\s\"']*)?"
+)
 
 
 def one_line(text: str) -> str:
-    """An engine's message, fit for a table and a log: one line, no 64-digit ids."""
-    line = _ID_PREFIX.sub(lambda match: match[0][:12], " ".join(text.split()))
+    """An engine's message, fit for a table and a log: one line, no 64-digit ids, and of addresses
+    neither users nor queries."""
+    line = _IN_ADDRESS.sub(r"\g<scheme>\g<path>", " ".join(text.split()))
+    line = _ID_PREFIX.sub(lambda match: match[0][:12], line)
     return line if len(line) <= MESSAGE_LIMIT else line[: MESSAGE_LIMIT - 1] + "…"
 
 
@@ -159,6 +165,8 @@ def sort_pull_message(message: str) -> BackendError:
     """What an engine says of a pull that failed, in its answer or in the stream."""
     text = one_line(message)
     lowered = _ADDRESS.sub("", text.lower())
+    if _NO_CAPACITY.search(lowered):
+        return NoCapacity(text)
     if _THROTTLED.search(lowered):
         return RegistryThrottled(text, retry_after=retry_after_in_words(text))
     if _UNAUTHORIZED.search(lowered):

@@ -74,13 +74,14 @@ class Images:
             return True
         return False
 
-    async def prepare(self, image: str, on_progress: OnProgress) -> None:
+    async def prepare(self, image: str, on_progress: OnProgress) -> bool:
         """See ``Backend.prepare``."""
         reference = ImageReference.parse(image)
         credentials = await self._credentials.of(reference.registry)
         work = partial(
             pull, image=image, credentials=credentials, platform=self._platform, on_progress=on_progress
         )
+        there = set(await self._engine.call(partial(APIClient.images, quiet=True)))
         try:
             await self._engine.stream(work, limiter=self._engine.pulls, sort=sort_pull)
         except RegistryThrottled as error:
@@ -93,6 +94,7 @@ class Images:
             raise ImagePullFailed("the engine ended the pull without the image")
         if not fits_platform(found, self._platform):
             raise ImageNotFound(f"the registry has {image} only for another platform than {self._platform}")
+        return found["Id"] not in there
 
     async def _retry_after(self, reference: ImageReference) -> float | None:
         """Seconds that the registry says it wants to be left alone; None if it can't be found out."""

@@ -39,6 +39,7 @@ _FRAME_HEADER = struct.Struct(">BxxxL")
 _STANDSTILL = ("Waiting", "Retrying")
 _DOWNLOADED = frozenset({"Download complete", "Extracting", "Pull complete", "Already exists"})
 _DONE = frozenset({"Pull complete", "Already exists"})
+_ENDS = frozenset({"Download complete", *_DONE})
 
 
 class PullReader:
@@ -60,7 +61,8 @@ class PullReader:
         current, total = int(detail.get("current") or 0), int(detail.get("total") or 0)
         if self._last.get(layer) == (status, current):
             return None
-        layer_ended = status in _DONE and self._status.get(layer) != status
+        # What is told of one that has been downloaded must not be that some of it is missing.
+        layer_ended = status in _ENDS and self._status.get(layer) != status
         self._last[layer] = (status, current)
         self._status[layer] = status
         if status == "Downloading":

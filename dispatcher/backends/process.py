@@ -124,8 +124,9 @@ class ProcessBackend:
         """See ``Backend.image_obtainable``: an image is only recorded, so any will do."""
         return True
 
-    async def prepare(self, image: str, on_progress: OnProgress) -> None:
+    async def prepare(self, image: str, on_progress: OnProgress) -> bool:
         """See ``Backend.prepare``: there is nothing to pull."""
+        return False
 
     async def images_size(self) -> int:
         """See ``Backend.images_size``: there are none."""

@@ -85,17 +85,18 @@ class ImageDisk:
         self._woken = anyio.Event()
         #: Whether images took too much at the last look, whatever it removed.
         self._full = False
-        #: Pulls to be written down, as (reference, id before, id after, Unix seconds).
-        self._pulls: list[tuple[str, str, str, float]] = []
+        #: Pulls to be written down, as (reference, id before, id after, whether new, Unix seconds).
+        self._pulls: list[tuple[str, str, str, bool, float]] = []
         #: Uses to be written down, in Unix seconds.
         self._uses: dict[str, float] = {}
 
     # --- what happens to images ---------------------------------------------------------
 
-    def pulled(self, reference: str, before: str, after: str) -> None:
-        """A pull of ours has ended; the ids its reference had, '' for none."""
+    def pulled(self, reference: str, before: str, after: str, new: bool) -> None:
+        """A pull of ours has ended; the ids its reference had, '' for none, and whether the daemon
+        had the second by no name before."""
         if after and len(self._pulls) < MAX_NOTED:
-            self._pulls.append((reference, before, after, self._clock()))
+            self._pulls.append((reference, before, after, new, self._clock()))
             self.wake()
 
     def used(self, reference: str) -> None:
@@ -160,9 +161,11 @@ class ImageDisk:
         daemon = self._daemon()
         known = await self._ledger.pulled(daemon) if self._pulls else {}
         while self._pulls:
-            reference, before, after, moment = self._pulls[0]
-            # What was there before us is not ours, unless it was we who had put it there.
-            if not before or (reference in known and known[reference].image_id == before):
+            reference, before, after, new, moment = self._pulls[0]
+            # What was there before us is not ours, neither the name nor what it names now, unless it
+            # was we who had put it there.
+            named_by_us = not before or (reference in known and known[reference].image_id == before)
+            if named_by_us and (new or after in {image.image_id for image in known.values()}):
                 await self._ledger.note(daemon, reference, after, moment)
                 known[reference] = PulledImage(after, moment)
             self._pulls.pop(0)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from random import uniform
 
 import anyio
 import structlog
@@ -19,7 +21,8 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from dispatcher.backends.base import Backend, PullProgress
 from dispatcher.dispatch.pull_line import Pull, PullLine, PullOutcome
-from dispatcher.errors import BackendError, ImageNotFound, ImagePullFailed, RegistryThrottled
+from dispatcher.dispatch.stall import Stalled, pulled_unless_stalled
+from dispatcher.errors import BackendError, ImageNotFound, ImagePullFailed, NoCapacity, RegistryThrottled
 from dispatcher.reference import ImageReference
 from dispatcher.retry import RetryPause
 from dispatcher.task import Task
@@ -37,18 +40,25 @@ MAX_PAUSE = 30.0
 PRESENT_SECONDS = 10.0
 #: Images remembered to be there.
 MAX_PRESENT = 1_000
+#: Attempts remembered whose images were pulled because their tasks say "always".
+MAX_SERVED = 10_000
+#: How many a second come back of those that found no place to wait: more than an engine starts.
+RETURN_RATE = 25.0
+#: Seconds until the first of them does, and the last at the latest.
+FIRST_RETURN = 1.0
+MAX_RETURN = 300.0
+#: Seconds in which nothing is pulled after the daemon had no room for an image: at first, and at
+#: the longest.
+FIRST_FULL_PAUSE = 10.0
+MAX_FULL_PAUSE = 300.0
 #: Seconds between two reports of one pull.
 REPORT_SECONDS = 1.0
 
 #: Told what happens to images: the kind of event and its fields.
 OnEvent = Callable[[str, Mapping[str, str | int | float]], None]
-#: Told an image's reference, and the ids it had on the daemon before its pull ('' if it was not
-#: there) and after.
-OnPulled = Callable[[str, str, str], None]
-
-
-class _Stalled(ImagePullFailed):
-    """The pull made no progress: to try again at once has cost enough time already."""
+#: Told the reference of an image that was pulled, the ids that it had before ('' for none) and has
+#: now, and whether this one is new on the daemon.
+OnPulled = Callable[[str, str, str, bool], None]
 
 
 class ImageGovernor:
@@ -82,10 +92,18 @@ class ImageGovernor:
         self._on_event = on_event
         self._on_ended = on_ended
         self._on_bytes = on_bytes
-        self._places_taken = 0
+        #: Tasks that wait for images, by registry.
+        self._places: Counter[str] = Counter()
+        #: Tasks of ``pull_policy: always`` whose images were pulled for them, the latest last.
+        self._served: dict[str, None] = {}
         self._pulls: dict[str, Pull] = {}
         #: When each image was last seen to be there, on the loop's clock.
         self._present: dict[str, float] = {}
+        #: Until when nothing is pulled because the daemon has no room, and how long that was last.
+        self._full_until = 0.0
+        self._full_pause = 0.0
+        #: When the last who found no place comes back, on the loop's clock.
+        self._last_return = 0.0
         self._group: TaskGroup | None = None
 
     # --- what is seen -------------------------------------------------------------------
@@ -95,18 +113,13 @@ class ImageGovernor:
         """Pulls under way, then pulls that wait for their turn, the next first."""
         order = self._line.order
         # Those between two tries are in no line for a moment, and begin again soon.
-        between = [pull for pull in self._pulls.values() if pull not in order]
+        between = set(self._pulls.values()).difference(order)
         return sorted([*between, *order], key=lambda pull: not pull.active)
 
     @property
     def waiting(self) -> int:
         """Tasks that wait for an image."""
-        return self._places_taken
-
-    @property
-    def crowded(self) -> bool:
-        """Whether as many tasks wait for images as may."""
-        return self._places_taken >= self._max_waiting
+        return self._places.total()
 
     @property
     def cooling(self) -> dict[str, float]:
@@ -126,19 +139,21 @@ class ImageGovernor:
             async with anyio.create_task_group() as group:
                 self._group = group
                 task_status.started()
-                await anyio.sleep_forever()
+                await self._line.run()
         finally:
             self._group = None
 
-    async def needs_pull(self, task: Task) -> bool:
-        """Whether ``task`` must wait for a pull.
+    async def needs_pull(self, task: Task, attempt: str) -> bool:
+        """Whether ``task`` must wait for a pull; ``attempt`` names it with its attempt's number.
 
         Raises ImageNotFound if it must not pull what is not there; BackendUnreachable.
         """
         if not self._backend.capabilities.pulls:
             return False
         image = str(task.reference)
-        if task.pull_policy == "always":
+        # What was pulled for this very attempt has come, though there was no consumer then. Or it
+        # would be pulled again and again, each time too late for the consumer it had to let go.
+        if task.pull_policy == "always" and attempt not in self._served:
             return True
         if not await self._is_present(image):
             if task.pull_policy == "never":
@@ -148,15 +163,41 @@ class ImageGovernor:
         return False
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """A task that waits for an image, and has seen that there is no crowd, is counted inside."""
-        self._places_taken += 1
-        try:
-            yield
-        finally:
-            self._places_taken -= 1
+    def place(self, registry: str) -> Iterator[float]:
+        """A task that waits for an image from ``registry`` is counted inside.
 
-    async def pull(self, task: Task, task_id: str) -> None:
+        Gives the seconds that it must be sent away for instead, because as many wait as may; 0.0
+        if there is room. Or because the daemon has no
+        room for images. Those whose registry is left alone have as many places of their own, or
+        they would keep away all others.
+        """
+        cooling = self._line.is_cooling(registry)
+        full = self._full_until - anyio.current_time()
+        if full > 0:
+            yield max(full, self._next_return())
+            return
+        waiting = sum(n for name, n in self._places.items() if self._line.is_cooling(name) == cooling)
+        if waiting >= self._max_waiting:
+            yield self._next_return()
+            return
+        self._places[registry] += 1
+        try:
+            yield 0.0
+        finally:
+            self._places[registry] -= 1
+            if not self._places[registry]:
+                del self._places[registry]
+
+    def _next_return(self) -> float:
+        """Seconds until the next who finds no place comes back: never many at once, for what comes
+        back is taken before what has not been looked at yet."""
+        now = anyio.current_time()
+        self._last_return = min(
+            max(self._last_return + 1 / RETURN_RATE, now + FIRST_RETURN), now + MAX_RETURN
+        )
+        return self._last_return - now
+
+    async def pull(self, task: Task, task_id: str, attempt: str) -> None:
         """Wait until the image has been pulled, by a pull of our own or one under way.
 
         Raises what the backend's ``prepare`` raises, ImagePullFailed if the pull stalled.
@@ -168,6 +209,8 @@ class ImageGovernor:
             await self._wait_for(pull, task_id)
             if pull.outcome == "pulled":
                 self._on_used(image)
+                if task.pull_policy == "always":
+                    self._serve(attempt)
                 return
             if pull.error is not None:
                 raise copy.copy(pull.error)
@@ -177,7 +220,8 @@ class ImageGovernor:
         """Begin to pull what nobody waits for yet, if it is not there and there is room for it now;
         the pull, where one was begun. Raises BackendUnreachable."""
         image = str(reference)
-        if not self._line.has_room(reference.registry) or await self._is_present(image):
+        full = self._full_until > anyio.current_time()
+        if full or not self._line.has_room(reference.registry) or await self._is_present(image):
             return None
         if image in self._pulls or not self._line.has_room(reference.registry):
             return None
@@ -196,6 +240,12 @@ class ImageGovernor:
             return False
         self._note_present(image)
         return True
+
+    def _serve(self, attempt: str) -> None:
+        self._served.pop(attempt, None)
+        if len(self._served) >= MAX_SERVED:
+            del self._served[next(iter(self._served))]
+        self._served[attempt] = None
 
     def _note_present(self, image: str) -> None:
         self._present.pop(image, None)
@@ -253,7 +303,7 @@ class ImageGovernor:
                     if pull.ahead or pull.tries >= PULL_TRIES:
                         raise
                     continue  # its turn comes when the registry is asked again
-                except _Stalled:
+                except Stalled:
                     raise
                 except ImagePullFailed:
                     if pull.ahead or pull.tries >= PULL_TRIES:
@@ -282,17 +332,27 @@ class ImageGovernor:
         self._tell("image.pull_started", pull)
         try:
             before = await self._backend.image_id(pull.image)
-            await self._watched(pull)
-            self._on_pulled(pull.image, before, await self._backend.image_id(pull.image))
+            new = await self._watched(pull)
+            self._on_pulled(pull.image, before, await self._backend.image_id(pull.image), new)
             outcome = "pulled"
+            self._full_pause = 0.0
         except BackendError as failure:
             outcome, error = "failed", str(failure)
+            if isinstance(failure, NoCapacity):
+                self._leave_room(error)
             raise
         finally:
             seconds = round(time.monotonic() - began, 3)
             self._on_ended(seconds, outcome)
             log.info("image.pull_ended", image=pull.image, outcome=outcome, seconds=seconds, error=error)
             self._tell("image.pull_ended", pull, outcome=outcome, seconds=seconds, error=error)
+
+    def _leave_room(self, error: str) -> None:
+        """The daemon has no room: what is pulled again at once is only thrown away again."""
+        self._full_pause = min(max(FIRST_FULL_PAUSE, 2 * self._full_pause), MAX_FULL_PAUSE)
+        pause = uniform(self._full_pause / 2, self._full_pause)  # noqa: S311 - jitter, not a secret
+        self._full_until = anyio.current_time() + pause
+        log.error("images.no_room", error=error, seconds=round(pause, 3))
 
     def _tell(self, kind: str, pull: Pull, **fields: str | float) -> None:
         progress = pull.progress
@@ -311,42 +371,21 @@ class ImageGovernor:
             },
         )
 
-    async def _watched(self, pull: Pull) -> None:
-        """Pull; raise ImagePullFailed when nothing moves for the stall timeout."""
-        stalled = False
-        failure: BackendError | None = None
+    async def _watched(self, pull: Pull) -> bool:
+        """Pull, and tell how it goes. Returns and raises as ``pulled_unless_stalled``."""
         reported = anyio.current_time()
-        pull.progress = PullProgress(pull.image)
 
         def on_progress(progress: PullProgress) -> None:
-            """The backend tells how far it is; equal numbers mean a step they don't show."""
             nonlocal reported
             self._on_bytes(max(0, progress.bytes_done - pull.progress.bytes_done))
-            pull.progress = progress
-            pull.moved.set()
             if anyio.current_time() - reported >= REPORT_SECONDS:
                 reported = anyio.current_time()
                 self._tell("image.pull_progress", pull)
 
-        async def watch() -> None:
-            nonlocal stalled
-            while True:
-                pull.moved = anyio.Event()
-                with anyio.move_on_after(self._stall_timeout) as timer:
-                    await pull.moved.wait()
-                if timer.cancelled_caught:
-                    stalled = True
-                    group.cancel_scope.cancel()
-                    return
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch, name=f"watch pull {pull.image}")
-            try:
-                await self._backend.prepare(pull.image, on_progress)
-            except BackendError as error:
-                failure = error
-            group.cancel_scope.cancel()
-        if stalled:
-            raise _Stalled(f"pull of {pull.image} made no progress for {self._stall_timeout:g} s")
-        if failure is not None:
-            raise failure
+        return await pulled_unless_stalled(
+            self._backend,
+            pull,
+            on_progress,
+            stall_timeout=self._stall_timeout,
+            others=lambda: self._line.under_way,
+        )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from random import uniform
 
 import anyio
 import structlog
@@ -53,8 +52,6 @@ log = structlog.get_logger(__name__)
 
 #: Seconds in which a task whose image has come must find a consumer, or it goes to others.
 CONSUMER_WAIT = 1.0
-#: Seconds a task is sent away for when too many wait for images here.
-FULL_DELAY = 2.0
 #: Seconds a removal of an ended container may take before it is left to a later clean-up.
 REMOVE_TIMEOUT = 30.0
 
@@ -222,22 +219,23 @@ class Pipeline:
             return await self._launch(delivery, lease, admitted)
 
     async def _image(self, lease: Lease, delivery: Delivery, admitted: Admitted, slot: Slot) -> None:
-        if not await self._images.needs_pull(admitted.task):
+        task, attempt = admitted.task, f"{lease.task_id}.{delivery.attempt}"
+        if not await self._images.needs_pull(task, attempt):
             return
-        if self._images.crowded:
-            delay = uniform(FULL_DELAY / 2, FULL_DELAY)  # noqa: S311 - jitter, not a secret
-            raise GaveUp(Verdict("release", _NOTHING, delay))
-        with self._images.place():
+        with self._images.place(task.reference.registry) as delay:
+            if delay:
+                raise GaveUp(Verdict("release", _NOTHING, delay))
             slot.release()
-            await lease.mark(State.PULLING, {"image": str(admitted.task.reference)})
+            await lease.mark(State.PULLING, {"image": str(task.reference)})
             failpoints.reach("during_pull", lease.task_id)
-            expires = admitted.task.expires_at
-            patience = None if expires is None else max(0.0, expires.timestamp() - time.time())
+            patience = (
+                None if task.expires_at is None else max(0.0, task.expires_at.timestamp() - time.time())
+            )
             with lease.interruptible(), anyio.move_on_after(patience) as timer:
-                await self._images.pull(admitted.task, lease.task_id)
+                await self._images.pull(task, lease.task_id, attempt)
         if timer.cancelled_caught:
             raise ExpiredTask("expires_at passed while its image was being pulled")
-        check_expiry(admitted.task)
+        check_expiry(task)
         self._heed(lease, delivery)
         if not await slot.regain(CONSUMER_WAIT):
             raise GaveUp(Verdict("release", _NOTHING, prefer=lease.wish is None))

@@ -50,8 +50,9 @@ class Pull:
     error: BackendError | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    moved: anyio.Event = field(default_factory=anyio.Event)
-    #: Rung when its turn may have come.
+    #: When it moved last, on the loop's clock.
+    moved_at: float = -math.inf
+    #: Set when its turn has come.
     called: anyio.Event = field(default_factory=anyio.Event)
     #: The pull that was told to give way to this one.
     displaces: Pull | None = None
@@ -60,11 +61,6 @@ class Pull:
     def waiters(self) -> int:
         """How many tasks wait for it."""
         return len(self.waiting_tasks)
-
-    def call(self) -> None:
-        """Have it look whether its turn has come."""
-        self.called.set()
-        self.called = anyio.Event()
 
     @property
     def leaving(self) -> bool:
@@ -90,6 +86,7 @@ class PullLine:
         self._waiting: list[Pull] = []
         self._active: list[Pull] = []
         self._registries: dict[str, _Registry] = {}
+        self._cooled = anyio.Event()
 
     @property
     def full(self) -> bool:
@@ -102,6 +99,11 @@ class PullLine:
         return not (self.full or self._registry_full(found) or found.cool_until > anyio.current_time())
 
     @property
+    def under_way(self) -> list[Pull]:
+        """Pulls that hold a place."""
+        return list(self._active)
+
+    @property
     def order(self) -> list[Pull]:
         """Pulls under way, then those that wait, the next first."""
         return [*self._active, *self._next()]
@@ -112,17 +114,26 @@ class PullLine:
         now = anyio.current_time()
         return {name: r.cool_until - now for name, r in self._registries.items() if r.cool_until > now}
 
+    def is_cooling(self, registry: str) -> bool:
+        """Whether ``registry`` is left alone now."""
+        found = self._registries.get(registry)
+        return found is not None and found.cool_until > anyio.current_time()
+
+    async def run(self) -> None:
+        """Call those who wait for a registry when it may be asked again; until cancelled."""
+        while True:
+            self._cooled = anyio.Event()
+            with anyio.move_on_after(min(self.cooling.values(), default=math.inf)):
+                await self._cooled.wait()
+            self._call()
+
     @asynccontextmanager
     async def turn(self, pull: Pull) -> AsyncIterator[None]:
         """Wait for the turn of ``pull``, and hold its place inside."""
         self._waiting.append(pull)
         try:
             self._call()
-            while not pull.active:
-                cool = self._of(pull).cool_until - anyio.current_time()
-                with anyio.move_on_after(cool if cool > 0 else math.inf):
-                    await pull.called.wait()
-                self._call()
+            await pull.called.wait()
             yield
         finally:
             if pull.active:
@@ -131,7 +142,7 @@ class PullLine:
                 self._of(pull).active -= 1
             else:
                 self._waiting.remove(pull)
-            pull.displaces = None
+            pull.called, pull.displaces = anyio.Event(), None
             self._call()
             self._tidy(pull.registry)
 
@@ -155,9 +166,7 @@ class PullLine:
         if found.cool_until <= anyio.current_time():  # others that were under way say the same
             found.refusals += 1
         found.cool_until = max(found.cool_until, anyio.current_time() + seconds)
-        for pull in self._waiting:
-            if pull.registry == registry:
-                pull.call()  # it looks for itself how long to wait now
+        self._cooled.set()
         return seconds
 
     def answered(self, registry: str) -> None:
@@ -194,7 +203,7 @@ class PullLine:
                 self._active.append(pull)
                 registry.active += 1
                 pull.active = True
-                pull.call()
+                pull.called.set()
             elif not pull.ahead:
                 self._make_way(pull, of_its_registry=self._registry_full(registry))
 
@@ -203,7 +212,7 @@ class PullLine:
 
     def _make_way(self, pull: Pull, *, of_its_registry: bool) -> None:
         """End the youngest pull that nobody waits for yet and whose place would do."""
-        if pull.displaces is not None:
+        if pull.displaces in self._active:
             return  # it is on its way out
         for other in reversed(self._active):
             if other.ahead and not other.leaving and (other.registry == pull.registry or not of_its_registry):

@@ -42,8 +42,9 @@ TARGET = 2.1
 ALLOWED = 2.2
 #: Outside of these ratios the launch alone has changed since it was measured, or was a chance one.
 DOUBTFUL = (0.8, 3.0)
-#: Launches that a step of the limit is judged by, at least; a median of fewer is a matter of chance.
-WINDOW = 12
+#: Launches that a median is taken of, at least. Two medians in a row must agree on a step: one alone
+#: may be a moment in which something else kept the host busy.
+WINDOW = 8
 #: So many launches alone are remembered, for so many seconds; their median counts.
 SOLOS = 5
 SOLO_MEMORY = 300.0
@@ -109,8 +110,10 @@ class StartGate:
         self._busy_since: float | None = None
         #: Goes up whenever the gate is not full, or has another limit.
         self._stretch = 0
-        #: Seconds of launches in a full gate, since the limit was last judged.
+        #: Seconds of launches in a full gate, since it was last judged by them.
         self._window: list[float] = []
+        #: What that would have made of the limit, had it counted by itself.
+        self._proposed: int | None = None
         #: When launches alone ended, and what they took.
         self._solos: deque[tuple[float, float]] = deque(maxlen=SOLOS)
         self._usual = 0.0
@@ -251,6 +254,10 @@ class StartGate:
                 self._solos.popleft()
             self._solos.append((now, seconds))
             self._usual = seconds
+            if not self._waiting:
+                # Not a probe: the gate has not been busy, and what it saw when it was is of then.
+                self._window.clear()
+                self._proposed = None
         elif launch.stretch == self._stretch:
             self._window.append(seconds)
             if len(self._window) >= max(WINDOW, self._limit):
@@ -265,14 +272,19 @@ class StartGate:
         self._in_doubt = not low <= ratio <= high
         if ratio < low:
             return  # faster than alone: there is nothing to compare with until another probe
-        limit = _within_bounds(min(2 * self._limit, int(self._limit * TARGET / ratio)))
-        if limit < self._limit and ratio <= ALLOWED:
-            return
+        seen, self._proposed = self._proposed, self._step(ratio)
+        steps = sorted((self._limit, self._proposed, self._limit if seen is None else seen))
+        # The middle one: the smaller of two steps in one direction, none if they disagree.
+        limit = steps[1]
         if limit != self._limit:
             log.debug("start_gate.limit_changed", limit=limit, was=self._limit, ratio=round(ratio, 2))
-            self._limit = limit
+            self._limit, self._proposed = limit, None
             self._stretch += 1
             self._admit()
+
+    def _step(self, ratio: float) -> int:
+        limit = _within_bounds(min(2 * self._limit, int(self._limit * TARGET / ratio)))
+        return max(limit, self._limit) if ratio <= ALLOWED else limit
 
 
 def _within_bounds(limit: int) -> int:

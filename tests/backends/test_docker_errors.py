@@ -79,7 +79,7 @@ def answer(status: int, message: str) -> APIError:
             ImagePullFailed,
         ),
         ('Get "https://r.example/v2/": dial tcp: lookup r.example: no such host', ImagePullFailed),
-        ("write /var/lib/docker/tmp/x: no space left on device", ImagePullFailed),
+        ("write /var/lib/docker/tmp/x: no space left on device", NoCapacity),
         ("unauthorized: authentication required", ImageUnauthorized),
         ("manifest for 127.0.0.1:5000/app:1 not found: manifest unknown: gone", ImageNotFound),
         ("name unknown", ImageNotFound),

@@ -80,8 +80,9 @@ class InstantBackend:
         """See ``Backend.image_obtainable``."""
         return True
 
-    async def prepare(self, image: str, on_progress: OnProgress) -> None:
+    async def prepare(self, image: str, on_progress: OnProgress) -> bool:
         """See ``Backend.prepare``."""
+        return False
 
     async def images_size(self) -> int:
         """See ``Backend.images_size``."""

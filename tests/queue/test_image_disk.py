@@ -100,9 +100,10 @@ class DiskUnderTest:
     def pull(self, of: str, image_id: str = "") -> str:
         """As the governor does it; returns the reference."""
         reference = name(of)
-        before = self.shelf.images.get(reference, "")
-        self.shelf.images[reference] = image_id or f"id of {of}"
-        self.disk.pulled(reference, before, self.shelf.images[reference])
+        before, after = self.shelf.images.get(reference, ""), image_id or f"id of {of}"
+        new = after not in self.shelf.images.values()
+        self.shelf.images[reference] = after
+        self.disk.pulled(reference, before, after, new)
         return reference
 
     async def pulled_before(self, *of: str) -> None:
@@ -215,6 +216,18 @@ async def test_a_tag_that_somebody_moved_stays_and_is_theirs(it: DiskUnderTest) 
     it.now += IMAGE_MIN_AGE
     await it.disk.look()
     assert it.left == {"a", "c"}
+
+
+async def test_what_was_there_by_another_name_stays(it: DiskUnderTest) -> None:
+    """By its digest, say: an engine that removes the last tag removes that name as well."""
+    it.shelf.images["docker.io/library/theirs@sha256:1"] = "pulled by them"
+    it.pull("a", "pulled by them")
+    it.pull("b", "ours")
+    it.pull("c", "ours")
+    it.now += IMAGE_MIN_AGE
+    await it.disk.look()
+    await it.disk.look()
+    assert it.shelf.images.keys() == {"docker.io/library/theirs@sha256:1", name("a")}
 
 
 async def test_what_an_open_task_names_stays(it: DiskUnderTest) -> None:

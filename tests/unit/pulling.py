@@ -48,7 +48,7 @@ class PullingBackend:
         await anyio.lowlevel.checkpoint()
         return f"id of {image}" if image in self.present else ""
 
-    async def prepare(self, image: str, on_progress: OnProgress) -> None:
+    async def prepare(self, image: str, on_progress: OnProgress) -> bool:
         if image in self.under_way:
             self.broken.append(f"two pulls of {image}")
         mine = self.under_way[image] = _UnderWay(on_progress=on_progress)
@@ -67,7 +67,9 @@ class PullingBackend:
                 del self.under_way[image]
         if mine.error is not None:
             raise mine.error
+        new = image not in self.present
         self.present.add(image)
+        return new
 
     def end(self, image: str, error: BackendError | None = None) -> None:
         """The pull of ``image`` ends."""
@@ -88,7 +90,7 @@ class Governed:
     governor: ImageGovernor
     backend: PullingBackend
     events: list[tuple[str, dict[str, str | int | float]]] = field(default_factory=list)
-    pulled: list[tuple[str, str, str]] = field(default_factory=list)
+    pulled: list[tuple[str, str, str, bool]] = field(default_factory=list)
     used: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     bytes: int = 0
@@ -100,7 +102,7 @@ class Governed:
 
 @asynccontextmanager
 async def governing(
-    *, at_once: int = 2, per_registry: int | None = None, stall_timeout: float = 60.0
+    *, at_once: int = 2, per_registry: int | None = None, stall_timeout: float = 60.0, max_waiting: int = 100
 ) -> AsyncIterator[Governed]:
     """A running governor; ended, with its pulls, at the end."""
     backend = PullingBackend(at_once=at_once, per_registry=per_registry or at_once)
@@ -115,9 +117,9 @@ async def governing(
         backend,  # type: ignore[arg-type] # of its verbs only those that are asked for
         max_concurrent=at_once,
         max_per_registry=per_registry or at_once,
-        max_waiting=100,
+        max_waiting=max_waiting,
         stall_timeout=stall_timeout,
-        on_pulled=lambda image, before, after: told.pulled.append((image, before, after)),
+        on_pulled=lambda *pull: told.pulled.append(pull),
         on_used=lambda image: told.used.append(image),  # noqa: PLW0108 - there is no `told` yet
         on_event=on_event,
         on_ended=lambda seconds, outcome: told.ended.append(outcome),
@@ -164,7 +166,7 @@ class Waiters:
         self.ends[task_id] = "cancelled"
         with self.scopes[task_id]:
             try:
-                await self._told.governor.pull(a_task(image), task_id)
+                await self._told.governor.pull(a_task(image), task_id, f"{task_id}.1")
                 self.ends[task_id] = "pulled"
             except BackendError as error:
                 self.ends[task_id] = type(error).__name__

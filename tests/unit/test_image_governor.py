@@ -16,6 +16,7 @@ from dispatcher.errors import (
     ImageInvalid,
     ImageNotFound,
     ImagePullFailed,
+    NoCapacity,
     RegistryThrottled,
 )
 from tests.unit.pulling import Governed, Waiters, a_task, governed, no_pauses, settled
@@ -42,7 +43,7 @@ async def test_all_who_want_an_image_share_one_pull() -> None:
         await settled()
         assert set(tasks.ends.values()) == {"pulled"}
         assert told.backend.pulls == {A: 1}
-        assert told.pulled == [(A, "", f"id of {A}")]
+        assert told.pulled == [(A, "", f"id of {A}", True)]
         assert told.used == [A] * 20
 
     await governed(scenario)
@@ -52,12 +53,14 @@ async def test_an_image_that_was_just_there_is_not_asked_for_again() -> None:
     async def scenario(told: Governed, tasks: Waiters) -> None:
         told.backend.present.add(A)
         for _ in range(5):
-            assert not await told.governor.needs_pull(a_task(A))
+            assert not await told.governor.needs_pull(a_task(A), "t.1")
         assert told.backend.looks[A] == 1
         told.backend.present.clear()
-        assert not await told.governor.needs_pull(a_task(A)), "for some seconds it is taken to be there"
+        assert not await told.governor.needs_pull(a_task(A), "t.1"), (
+            "for some seconds it is taken to be there"
+        )
         told.governor.forget(A)
-        assert await told.governor.needs_pull(a_task(A))
+        assert await told.governor.needs_pull(a_task(A), "t.1")
 
     await governed(scenario)
 
@@ -66,11 +69,11 @@ async def test_what_a_pull_policy_asks_for() -> None:
     async def scenario(told: Governed, tasks: Waiters) -> None:
         needs_pull = told.governor.needs_pull
         with pytest.raises(ImageNotFound, match="pull_policy is never"):
-            await needs_pull(a_task(A, pull_policy="never"))
-        assert await needs_pull(a_task(A))
+            await needs_pull(a_task(A, pull_policy="never"), "t.1")
+        assert await needs_pull(a_task(A), "t.1")
         told.backend.present.add(B)
-        assert not await needs_pull(a_task(B, pull_policy="never"))
-        assert await needs_pull(a_task(B, pull_policy="always"))
+        assert not await needs_pull(a_task(B, pull_policy="never"), "t.1")
+        assert await needs_pull(a_task(B, pull_policy="always"), "t.1")
 
     await governed(scenario)
 
@@ -92,6 +95,66 @@ async def test_the_pull_ends_with_the_last_who_waits_for_it() -> None:
         assert told.governor.pulls == []
 
     await governed(scenario)
+
+
+async def test_what_was_pulled_for_an_attempt_need_not_be_pulled_for_it_again() -> None:
+    async def scenario(told: Governed, tasks: Waiters) -> None:
+        always = a_task(A, pull_policy="always")
+        async with anyio.create_task_group() as group:
+            group.start_soon(told.governor.pull, always, "t", "t.1")
+            await settled()
+            told.backend.end(A)
+        assert not await told.governor.needs_pull(always, "t.1")
+        assert await told.governor.needs_pull(always, "t.2")
+        assert await told.governor.needs_pull(always, "other.1")
+
+    await governed(scenario)
+
+
+# --- places to wait -------------------------------------------------------------------------
+
+
+async def test_no_more_may_wait_than_there_are_places() -> None:
+    async def scenario(told: Governed, tasks: Waiters) -> None:
+        place = told.governor.place
+        with place("one.test") as first, place("two.test") as second:
+            assert (first, second, told.governor.waiting) == (0.0, 0.0, 2)
+            delays = []
+            for _ in range(50):
+                with place("one.test") as delay:
+                    delays.append(delay)
+            assert told.governor.waiting == 2
+        assert delays[0] >= images_module.FIRST_RETURN
+        assert delays[-1] - delays[0] == pytest.approx(49 / images_module.RETURN_RATE, abs=0.5)
+        with place("one.test") as delay:
+            assert delay == 0.0
+
+    await governed(scenario, max_waiting=2)
+
+
+async def test_a_daemon_without_room_is_sent_nothing_more_for_a_while() -> None:
+    async def scenario(told: Governed, tasks: Waiters) -> None:
+        await tasks.want("t1", A)
+        told.backend.end(A, NoCapacity("no space left on device"))
+        await settled()
+        assert (tasks.ends, told.backend.pulls[A]) == ({"t1": "NoCapacity"}, 1)
+        pause = images_module.FIRST_FULL_PAUSE
+        with told.governor.place("two.test") as delay:
+            assert pause / 2 - 1 <= delay <= pause
+        assert await told.governor.ahead(a_task(B).reference) is None
+
+    await governed(scenario)
+
+
+async def test_a_registry_that_is_left_alone_takes_no_places_from_others() -> None:
+    async def scenario(told: Governed, tasks: Waiters) -> None:
+        place = told.governor.place
+        told.governor._line.refused("one.test", 600.0)
+        with place("one.test") as its_own, place("one.test") as one_too_many, place("two.test") as another:
+            assert its_own == another == 0.0
+            assert one_too_many > 0
+
+    await governed(scenario, max_waiting=1)
 
 
 # --- turns ----------------------------------------------------------------------------------
@@ -187,10 +250,29 @@ async def test_one_that_stalls_is_given_up_at_once() -> None:
         with anyio.fail_after(10):
             while tasks.ends["t1"] == "cancelled":
                 await anyio.sleep(0.01)
-        assert tasks.ends["t1"] == "_Stalled"
+        assert tasks.ends["t1"] == "Stalled"
         assert told.backend.pulls[A] == 1
 
     await governed(scenario, stall_timeout=0.05)
+
+
+async def test_one_that_may_be_waiting_for_others_layers_is_left_as_long_as_they_come() -> None:
+    async def scenario(told: Governed, tasks: Waiters) -> None:
+        await tasks.want("t1", A)
+        await tasks.want("t2", B)
+        began = anyio.current_time()
+        with anyio.fail_after(10):
+            while anyio.current_time() - began < 0.5:
+                told.backend.move(A, 1, 100)
+                await anyio.sleep(0.01)
+            assert tasks.ends["t2"] == "cancelled", "it still waits"
+            told.backend.move(B, 50, 100)
+            while tasks.ends["t2"] == "cancelled":
+                told.backend.move(A, 2, 100)
+                await anyio.sleep(0.01)
+        assert tasks.ends == {"t1": "cancelled", "t2": "Stalled"}, "in the middle of a layer"
+
+    await governed(scenario, stall_timeout=0.1)
 
 
 async def test_progress_is_counted_and_told() -> None:
@@ -261,66 +343,3 @@ async def test_those_who_wait_hear_of_a_second_refusal() -> None:
         assert set(tasks.ends.values()) == {"RegistryThrottled"}
 
     await governed(scenario, at_once=1)
-
-
-# --- ahead of the tasks ---------------------------------------------------------------------
-
-
-async def test_what_is_pulled_ahead_gives_way_to_what_is_wanted() -> None:
-    async def scenario(told: Governed, tasks: Waiters) -> None:
-        for image in (A, B, C):
-            await told.governor.ahead(a_task(image).reference)
-            await settled()
-        assert set(told.backend.under_way) == {A, B}, "and no third waits in the line"
-        assert len(told.governor.pulls) == 2
-        await tasks.want("t1", X)
-        assert set(told.backend.under_way) == {A, X}, "the youngest has gone"
-        await tasks.want("t2", A)
-        await tasks.want("t3", Y)
-        assert set(told.backend.under_way) == {A, X}, "somebody waits for both"
-        told.backend.end(A)
-        await settled()
-        assert tasks.ends["t2"] == "pulled"
-        assert set(told.backend.under_way) == {X, Y}
-
-    await governed(scenario)
-
-
-async def test_one_place_is_made_for_one_pull() -> None:
-    async def scenario(told: Governed, tasks: Waiters) -> None:
-        for image in (A, B):
-            await told.governor.ahead(a_task(image).reference)
-            await settled()
-        tasks.start(f"t{X}", X)
-        while not any(pull.leaving for pull in told.governor.pulls):
-            await anyio.lowlevel.checkpoint()
-        told.governor._line.answered("one.test")  # the line is looked through again
-        told.governor._line.answered("two.test")
-        await settled()
-        assert set(told.backend.under_way) == {A, X}
-
-    await governed(scenario)
-
-
-async def test_each_who_finds_no_place_has_one_made() -> None:
-    async def scenario(told: Governed, tasks: Waiters) -> None:
-        for image in (A, B):
-            await told.governor.ahead(a_task(image).reference)
-            await settled()
-        tasks.start("t1", X)
-        await tasks.want("t2", Y)
-        assert set(told.backend.under_way) == {X, Y}
-
-    await governed(scenario)
-
-
-async def test_a_failure_ahead_is_left_to_who_wants_it() -> None:
-    async def scenario(told: Governed, tasks: Waiters) -> None:
-        pull = await told.governor.ahead(a_task(A).reference)
-        assert pull is not None
-        await settled()
-        told.backend.end(A, ImagePullFailed("reset"))
-        await settled()
-        assert (pull.outcome, told.backend.pulls[A]) == ("failed", 1)
-
-    await governed(scenario)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 from collections import deque
@@ -17,8 +18,10 @@ from dispatcher.dispatch import start_gate
 from dispatcher.dispatch.start_gate import HANGS_AFTER, MOST, Launch, StartGate
 from tests.support import virtual_time
 
-#: Seconds that a launch takes alone on the simulated engine: what was measured on a real one.
+#: Seconds that a launch takes alone on the simulated engine: what was measured on a real one. It
+#: varies by this much, as a logarithm's standard deviation.
 ALONE = 0.165
+NOISE = 0.1
 #: What a launch in a burst may take at most, as a multiple of one alone, and the least rate.
 SLOWER = 2.2
 RATE = 0.97
@@ -41,10 +44,10 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
 
     async def launch(self) -> None:
-        """Take the time of one launch, which varies by a tenth."""
+        """Take the time of one launch, which varies."""
         self._work()
         done = asyncio.Event()
-        job = (self._worked + self.alone * self._random.lognormvariate(0, 0.1), next(self._numbers), done)
+        job = (self._worked + self.alone * self._random.lognormvariate(0, NOISE), next(self._numbers), done)
         heappush(self._ends, job)
         self._wait_for_next()
         try:
@@ -81,7 +84,7 @@ class Engine:
 
     def rate(self) -> float:
         """The most launches a second that up to MOST at once can have, in the mean."""
-        return min(MOST, self._cores) / (self.alone * 1.005)
+        return min(MOST, self._cores) / (self.alone * math.exp(NOISE**2 / 2))
 
 
 class Load:
@@ -178,6 +181,65 @@ def test_it_follows_an_engine_that_becomes_slower_and_recovers() -> None:
         assert rate >= RATE
 
     virtual_time.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("ratios", "limit"),
+    [
+        ([2.0, 2.0], 4),
+        ([2.15, 2.15], 4),  # more than is aimed at, and allowed
+        ([2.6, 2.0], 4),  # one window alone
+        ([2.0, 2.6, 1.4], 4),  # two that disagree
+        ([2.6, 2.6], 3),
+        ([1.3, 1.3], 6),
+        ([1.2, 2.0, 1.2], 4),
+        ([1.0, 1.6], 5),  # the smaller step
+        ([2.6, 2.95, 2.6], 3),  # what was seen at another limit says nothing
+        ([0.5, 0.5], 4),  # faster than alone: to be measured again first
+    ],
+)
+def test_two_windows_in_a_row_make_a_step(ratios: list[float], limit: int) -> None:
+    async def scene() -> None:
+        gate = StartGate(limit=4)
+        await launches(gate, [1.0] * start_gate.SOLOS, at_once=False)
+        await launches(gate, in_windows(ratios), at_once=True)
+        assert gate.limit == limit
+
+    virtual_time.run(scene())
+
+
+def test_windows_of_two_bursts_do_not_make_one_step() -> None:
+    async def scene() -> None:
+        gate = StartGate(limit=4)
+        for _ in range(2):
+            await launches(gate, [1.0] * start_gate.SOLOS, at_once=False)
+            await launches(gate, in_windows([2.6]), at_once=True)
+        assert gate.limit == 4
+
+    virtual_time.run(scene())
+
+
+def in_windows(ratios: list[float]) -> list[float]:
+    """Seconds of launches that fill one window with each of these."""
+    windows = [each for each in ratios for _ in range(start_gate.WINDOW)]
+    # Those that are let in before the gate is full, or end after that, are in no window.
+    return [ratios[0]] * 3 + windows + [ratios[-1]] * 3
+
+
+async def launches(gate: StartGate, seconds: list[float], *, at_once: bool) -> None:
+    """Launches that take so long, whatever else is under way."""
+
+    async def launch(takes: float) -> None:
+        async with gate.launching() as launch:
+            await anyio.sleep(takes)
+            launch.started()
+
+    async with anyio.create_task_group() as group:
+        for takes in seconds:
+            if at_once:
+                group.start_soon(launch, takes)
+            else:
+                await launch(takes)
 
 
 def test_a_first_launch_that_was_slow_by_chance_is_soon_outweighed() -> None:
