@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from dispatcher import __version__
@@ -71,7 +72,9 @@ class Presence:
                 "waiting_for_images": self._images.waiting,
                 "leaked_containers": self.leaked,
                 "pulls": [_told(pull) for pull in self._images.pulls[:MAX_PULLS]],
-                "cooling": {name: round(seconds, 3) for name, seconds in self._images.cooling.items()},
+                "cooling": {
+                    name: round(cool, 3) for name, cool in islice(self._images.cooling.items(), MAX_PULLS)
+                },
                 "queues": self._settings.queues,
                 "started_at": self._born,
             }

@@ -6,7 +6,7 @@ https://docs.docker.com/reference/cli/docker/login/#credential-stores
 The client library could do the same, but waits for a helper without any limit, reads the file for
 every call it makes, and fails in all of them when the file is malformed.
 
-No message of an error here holds anything that a helper said or the file has as a value.
+No message of an error here holds anything that a helper said or that is secret in the file.
 """
 
 from __future__ import annotations
@@ -201,6 +201,8 @@ def _written_down(entry: Any, registry: str, path: Path) -> dict[str, str]:
                 raise ValueError
         if not user:
             return {}
+        if not password:
+            raise ValueError
         return {"username": str(user), "password": str(password).strip("\0"), "serveraddress": registry}
     except (ValueError, TypeError, AttributeError):
         # Without its cause, which would show the value.

@@ -144,7 +144,7 @@ class PullLine:
                 self._waiting.remove(pull)
             pull.called, pull.displaces = anyio.Event(), None
             self._call()
-            self._tidy(pull.registry)
+            self._tidy()
 
     def wanted(self, pull: Pull) -> None:
         """A task waits now for what was begun ahead."""
@@ -180,20 +180,25 @@ class PullLine:
     def _of(self, pull: Pull) -> _Registry:
         return self._registries.setdefault(pull.registry, _Registry())
 
-    def _tidy(self, registry: str) -> None:
-        """Forget a registry that there is nothing to know of."""
-        found = self._registries.get(registry)
-        if found and not found.active and not found.refusals and not self._waits(registry):
-            del self._registries[registry]
-
-    def _waits(self, registry: str) -> bool:
-        return any(pull.registry == registry for pull in self._waiting)
+    def _tidy(self) -> None:
+        """Forget registries that there is nothing to know of, and refusals of long ago."""
+        waited_for = {pull.registry for pull in self._waiting}
+        long_ago = anyio.current_time() - MAX_COOL_DOWN
+        for name, found in list(self._registries.items()):
+            if (
+                not found.active
+                and name not in waited_for
+                and (not found.refusals or found.cool_until < long_ago)
+            ):
+                del self._registries[name]
 
     def _next(self) -> list[Pull]:
         return sorted(self._waiting, key=lambda pull: pull.ahead)
 
     def _call(self) -> None:
         """Give places to those whose turn it is."""
+        if self.full and not any(other.ahead for other in self._active):
+            return
         for pull in self._next():
             registry = self._of(pull)
             if registry.cool_until > anyio.current_time():

@@ -1,11 +1,8 @@
-"""The governor of pulls, whatever happens to it in whatever order."""
+"""The governor of pulls, whatever happens to it in whatever order, with hours in a moment."""
 
 from __future__ import annotations
 
-import asyncio
-
 import anyio
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,21 +11,21 @@ from dispatcher.errors import (
     BackendUnreachable,
     ImageNotFound,
     ImagePullFailed,
+    NoCapacity,
     RegistryThrottled,
 )
-from tests.unit.pulling import Governed, Waiters, a_task, governed, no_pauses, settled
+from tests.support import virtual_time
+from tests.unit.pulling import Governed, Waiters, a_task, governed, settled
 
-A, B, C = (f"one.test/{name}:1" for name in "abc")
-X, Y = "two.test/x:1", "two.test/y:1"
-
-IMAGES = st.sampled_from([A, B, C, X, Y])
+IMAGES = st.sampled_from([f"{registry}.test/{name}:1" for registry in ("one", "two") for name in "abc"])
 ERRORS: st.SearchStrategy[BackendError | None] = st.sampled_from(
     [
         None,
         ImagePullFailed("reset"),
         RegistryThrottled("429"),
-        RegistryThrottled("429", retry_after=0.0),
+        RegistryThrottled("429", retry_after=5.0),
         ImageNotFound("404"),
+        NoCapacity("disk full"),
         BackendUnreachable("away"),
     ]
 )
@@ -39,7 +36,10 @@ STEPS = st.one_of(
     st.tuples(st.just("ahead"), IMAGES),
     st.tuples(st.just("end"), st.integers(0, 5), ERRORS),
     st.tuples(st.just("remove"), IMAGES),
+    st.tuples(st.just("sleep"), st.sampled_from([0.01, 1.0, 3.0, 6.0, 100.0])),
 )
+#: Seconds in which whatever waits must have had its turns: cool-downs and pauses have an end.
+PATIENCE = 3_000.0
 
 
 async def _run(steps: list[tuple[object, ...]], at_once: int, per_registry: int) -> None:
@@ -61,8 +61,11 @@ async def _run(steps: list[tuple[object, ...]], at_once: int, per_registry: int)
                 case ("remove", str(image)):
                     told.backend.present.discard(image)
                     told.governor.forget(image)
+                case ("sleep", float(seconds)):
+                    await anyio.sleep(seconds)
             if n % 2:
                 await settled()
+                _nobody_waits_for_nothing(told)
         await _drained(told)
         assert not tasks.open, "a waiter was forgotten"
         left = {name for name, scope in tasks.scopes.items() if scope.cancel_called}
@@ -73,15 +76,27 @@ async def _run(steps: list[tuple[object, ...]], at_once: int, per_registry: int)
     await governed(scenario, at_once=at_once, per_registry=per_registry)
 
 
+def _nobody_waits_for_nothing(told: Governed) -> None:
+    """No place is idle that somebody could have, and none is kept by a pull that nobody waits for."""
+    line = told.governor._line
+    for pull in line.order:
+        if pull.active or pull.ahead or line.is_cooling(pull.registry):
+            continue
+        full = line._registry_full(line._of(pull))
+        assert line.full or full, f"a place is idle that {pull.image} could have"
+        kept = [p for p in line.under_way if p.ahead and not p.leaving]
+        assert not [p for p in kept if p.registry == pull.registry or not full]
+
+
 async def _drained(told: Governed) -> None:
     """Let every pull that there is come through."""
-    with anyio.fail_after(30):
-        while True:
+    with anyio.fail_after(PATIENCE):
+        while told.governor.pulls:
             await settled()
-            if not told.governor.pulls:
-                return
+            _nobody_waits_for_nothing(told)
             for image in list(told.backend.under_way):
                 told.backend.end(image)
+            await anyio.sleep(1.0)
 
 
 def _nth(scopes: dict[str, anyio.CancelScope], n: int) -> anyio.CancelScope:
@@ -93,6 +108,4 @@ def _nth(scopes: dict[str, anyio.CancelScope], n: int) -> anyio.CancelScope:
 def test_never_too_many_never_two_of_one_and_nobody_forgotten(
     steps: list[tuple[object, ...]], at_once: int, per_registry: int
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        no_pauses(patch.setattr)
-        asyncio.run(_run(steps, at_once, per_registry))
+    virtual_time.run(_run(steps, at_once, per_registry))

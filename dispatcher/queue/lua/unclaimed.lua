@@ -35,9 +35,12 @@ end
 local function read_stream()
   local page = redis.call('XRANGE', stream_of(queue), cursor ~= '' and cursor or '-', '+', 'COUNT', STEP)
   for _, entry in ipairs(page) do
+    local document
     for i = 1, #entry[2], 2 do
-      add(entry[2][i + 1], entry[2][i] ~= 'task')
+      seen = seen + #entry[2][i + 1]
+      document = entry[2][i] == 'task' and entry[2][i + 1] or document -- the last one counts
     end
+    add(document or '', not document)
     cursor = '(' .. entry[1]
   end
   return #page
