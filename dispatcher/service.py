@@ -302,6 +302,8 @@ class Dispatcher:
         self.events.publish(kind, fields)
         if kind == "image.pull_started" and int(fields["tries"]) > 1:
             self.telemetry.image_retries.add(1)
+        elif kind == "images.no_room":
+            self.image_disk.wake()
 
     def _control(self, operation: str, task_id: str, asked: str) -> None:
         """What another program asks of this instance."""

@@ -353,6 +353,7 @@ class ImageGovernor:
         pause = uniform(self._full_pause / 2, self._full_pause)  # noqa: S311 - jitter, not a secret
         self._full_until = anyio.current_time() + pause
         log.error("images.no_room", error=error, seconds=round(pause, 3))
+        self._on_event("images.no_room", {"seconds": round(pause, 3), "error": error})
 
     def _tell(self, kind: str, pull: Pull, **fields: str | float) -> None:
         progress = pull.progress
