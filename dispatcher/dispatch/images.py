@@ -166,10 +166,9 @@ class ImageGovernor:
     def place(self, registry: str) -> Iterator[float]:
         """A task that waits for an image from ``registry`` is counted inside.
 
-        Gives the seconds that it must be sent away for instead, because as many wait as may; 0.0
-        if there is room. Or because the daemon has no
-        room for images. Those whose registry is left alone have as many places of their own, or
-        they would keep away all others.
+        Gives the seconds that it must be sent away for instead, because as many wait as may or the
+        daemon has no room for images; 0.0 if it may wait. Those whose registry is left alone have as
+        many places of their own, or they would keep away all others.
         """
         cooling = self._line.is_cooling(registry)
         full = self._full_until - anyio.current_time()

@@ -172,8 +172,7 @@ class PullLine:
     def answered(self, registry: str) -> None:
         """``registry`` has given an image, or said outright why not."""
         if found := self._registries.get(registry):
-            found.refusals = 0
-            self._call()
+            found.refusals = 0  # the turn of that pull ends now, and others follow
 
     # --- whose turn it is ---------------------------------------------------------------
 

@@ -39,8 +39,7 @@ async def test_one_place_is_made_for_one_pull() -> None:
         tasks.start(f"t{X}", X)
         while not any(pull.leaving for pull in told.governor.pulls):
             await anyio.lowlevel.checkpoint()
-        told.governor._line.answered("one.test")  # the line is looked through again
-        told.governor._line.answered("two.test")
+        told.governor._line._call()  # the line is looked through again
         await settled()
         assert set(told.backend.under_way) == {A, X}
 
