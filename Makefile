@@ -49,7 +49,7 @@ format: venv ## Format, and mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 
 test: venv ## Run the tests; what can't run here is skipped and said so
-	$(BIN)/pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "not slow" --durations=15 $(PYTEST_ARGS)
 
 test-slow: venv ## Run the tests that take minutes
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

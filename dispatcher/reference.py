@@ -11,10 +11,12 @@ from dataclasses import dataclass
 DEFAULT_REGISTRY = "docker.io"
 #: The grammar's own limit for a repository name, registry included.
 MAX_NAME_LENGTH = 255
+MAX_PORT = 65_535
 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
 _DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:]+\])(?::[0-9]{{1,5}})?", re.ASCII)
+_PORT = re.compile(r":([0-9]+)$", re.ASCII)
 _PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*", re.ASCII)
 _TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}", re.ASCII)
@@ -47,6 +49,9 @@ class ImageReference:
         registry, repository = _split_domain(name)
         if not _DOMAIN.fullmatch(registry):
             raise ValueError("the part before the first / is not a registry's host name")
+        port = _PORT.search(registry)
+        if port and not 1 <= int(port[1]) <= MAX_PORT:
+            raise ValueError(f"the registry's port must be from 1 to {MAX_PORT}")
         if not repository or not _PATH.fullmatch(repository):
             raise ValueError("the name must be lower-case letters, digits and . _ - / separators")
         if len(registry) + 1 + len(repository) > MAX_NAME_LENGTH:

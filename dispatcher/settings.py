@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     """Seconds without progress until a pull is given up."""
     look_ahead: Annotated[int, Field(ge=0, le=1_000)] = 10
     """Waiting tasks of each queue whose images are pulled while all consumers are busy; 0: none."""
-    image_disk_high: Size | None = None
+    image_disk_high: Annotated[Size, Field(gt=0)] | None = None
     """When images take more, those that we pulled and no open task uses are removed. Default: never."""
     image_disk_low: Size | None = None
     """Until they take no more than this. Default: 80 % of IMAGE_DISK_HIGH."""

@@ -80,6 +80,7 @@ _NO_PROGRAM = re.compile(r"no command specified|cannot mkdir|is not a directory"
 #: The engine's own trouble while starting, which says nothing about the task.
 _TRANSIENT_START = re.compile(r"deadline exceeded|timed? ?out|connection refused|transport is closing|ttrpc")
 _START_DETAIL = re.compile(r"(?:starting container process caused|unable to start container process): (.+)")
+_NO_REFERENCE = "invalid reference format"
 _ID_PREFIX = re.compile(r"\b[0-9a-f]{64}\b")
 #: What may be secret in an address: a user with a password, and the signature in a query.
 _IN_ADDRESS = re.compile(
@@ -120,6 +121,8 @@ def sort_error(error: BaseException) -> BackendError:
     lowered = text.lower()
     if _NO_CAPACITY.search(lowered):
         return NoCapacity(text)
+    if error.status_code == requests.codes.bad_request and _NO_REFERENCE in lowered:
+        return ImageNotFound(text)  # engines differ in what they take for a name
     if error.status_code == requests.codes.not_found:
         return ImageNotFound(text) if _NO_IMAGE.search(lowered) else ContainerGone(text)
     if error.status_code in (requests.codes.bad_gateway, requests.codes.service_unavailable):

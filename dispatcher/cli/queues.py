@@ -23,6 +23,9 @@ dead_app = typer.Typer(no_args_is_help=True, help="The dead-letter queue.")
 app.add_typer(queues_app, name="queues")
 app.add_typer(dead_app, name="dead")
 
+#: Pulls of one instance that a line shows; `--json` has them all.
+MAX_PULLS = 3
+
 DeadIds = Annotated[
     list[str] | None,
     typer.Argument(metavar="[ID...]", show_default=False, help="Ids of tasks or of dead letters."),
@@ -177,7 +180,10 @@ def _dead_letter(letter: DeadLetter) -> dict[str, Any]:
 
 def _pulls(info: dict[str, Any]) -> list[str]:
     """An instance's words on its pulls, and on the registries that it leaves alone."""
-    found = [pull_progress(pull) for pull in info.get("pulls", [])]
+    pulls = info.get("pulls", [])
+    found = [pull_progress(pull) for pull in pulls[:MAX_PULLS]]
+    if len(pulls) > MAX_PULLS:
+        found.append(f"{len(pulls) - MAX_PULLS} more")
     cooling = info.get("cooling", {})
     return [*found, *(f"{registry} is left alone for {_seconds(s)}" for registry, s in cooling.items())]
 

@@ -212,7 +212,7 @@ class ImageGovernor:
                     self._serve(attempt)
                 return
             if pull.error is not None:
-                raise copy.copy(pull.error)
+                raise _of_image(pull.error, image)
             # It was on its way out when we came: ours comes after it.
 
     async def ahead(self, reference: ImageReference) -> Pull | None:
@@ -389,3 +389,11 @@ class ImageGovernor:
             stall_timeout=self._stall_timeout,
             others=lambda: self._line.under_way,
         )
+
+
+def _of_image(error: BackendError, image: str) -> BackendError:
+    """The error for one of those who wait, which says what it is about: registries often do not."""
+    own = copy.copy(error)
+    if image not in str(error):
+        own.args = (f"{image}: {error}",)
+    return own

@@ -83,6 +83,14 @@ async def test_what_will_not_change_ends_the_task_with_its_reason(
     assert letter.reason == reason
 
 
+async def test_what_the_engine_takes_for_no_name_ends_the_task(docker_system: DockerSystem) -> None:
+    """Upper case before the first / is a registry's name to some engines, and a mistake to others."""
+    async with docker_system.running() as client:
+        status = await (await client.submit(wanting("UPPER/case:1", max_attempts=5))).wait(TIMEOUT)
+    assert (status.reason, status.attempt) == (Reason.IMAGE_NOT_FOUND, 1)
+    assert "UPPER/case" in status.message
+
+
 async def test_a_pull_that_stalls_leaves_its_place_to_the_next(
     docker_system: DockerSystem, faulty_registry: FaultyRegistry
 ) -> None:

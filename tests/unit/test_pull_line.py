@@ -128,7 +128,7 @@ def test_each_who_waits_gets_an_error_of_its_own() -> None:
             group.start_soon(want, "t2")
             await settled()
             told.backend.end(A, ImageNotFound("404"))
-        assert [str(error) for error in errors] == ["404", "404"]
+        assert [str(error) for error in errors] == [f"{A}: 404"] * 2
         assert errors[0] is not errors[1], "one that is raised twice collects both tracebacks"
 
     virtual_time.run(governed(scenario))

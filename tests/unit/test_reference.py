@@ -64,7 +64,7 @@ def test_a_reference_is_normalised(text: str, normal: str) -> None:
         (f"app@{DIGEST.upper()}", "digest"), ("app@md5:" + "0" * 32, "digest"), (f"app@{DIGEST}\n", "digest"),
         ("-ghcr.io/app", "host"), ("ghcr..io/app", "host"), ("ghcr.io:port/app", "host"),
         ("ghcr.io:/app", "host"), ("[::1/app", "host"), ("gh_cr.io/app", "host"), ("user:pass/app", "host"),
-        ("ghcr.io:123456/app", "host"),
+        ("ghcr.io:123456/app", "host"), ("ghcr.io:65536/app", "port"), ("ghcr.io:0/app", "port"),
         ("a" * 238, "longer"), ("ghcr.io/" + "a" * 248, "longer"),
         ("0123456789abcdef" * 4, "image id"),
     ],
