@@ -58,8 +58,8 @@ PROBE_TIMEOUT = 5.0
 #: Seconds after SIGKILL until a container counts as stuck.
 KILL_TIMEOUT = 30.0
 #: Seconds for the word that it was for want of memory to follow the word that it was killed:
-#: the engine hears the two in either order, some milliseconds apart on a busy machine.
-OOM_SETTLE = 1.0
+#: the engine hears the two in either order, some milliseconds apart, or a second on a busy machine.
+OOM_SETTLE = 3.0
 
 
 class DockerBackend:
@@ -153,12 +153,16 @@ class DockerBackend:
     async def wait(self, handle: Handle) -> Exit:
         """See ``Backend.wait``; ContainerGone also for one that the engine's own end has ended."""
         found = await self._ended(handle)
-        if oom_may_follow(found):
-            with self._watcher.watching(handle.container_id) as woken, anyio.move_on_after(OOM_SETTLE):
-                await woken.wait()
+        stopped = handle.container_id in self._stopped
+        if not stopped and oom_may_follow(found):
+            with anyio.move_on_after(OOM_SETTLE):
+                # What wakes may only be the late news of its end.
+                while oom_may_follow(found):
+                    with self._watcher.watching(handle.container_id) as woken:
+                        await woken.wait()
+                    found = await self._ended(handle)
             found = await self._ended(handle)
         ended = exit_of(found)
-        stopped = handle.container_id in self._stopped
         if not stopped and await self._watcher.ended_with_engine(handle.container_id, ended):
             raise ContainerGone("it ended together with its engine")
         self._stopped.discard(handle.container_id)

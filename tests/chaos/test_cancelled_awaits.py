@@ -165,7 +165,7 @@ async def test_whatever_await_is_cancelled_the_task_ends_once(
         async with system.instance(**flags) as healthy:
             await wait_until(all_ended, TIMEOUT)
             await wait_until(lambda: not tasks.account().left, TIMEOUT)
-            assert healthy.slots.used == 0
+            await wait_until(lambda: healthy.slots.used == 0, TIMEOUT)
     account = tasks.account()
     assert not check(account).broken()
     # Where it was removed again between its creation and its start, that attempt is over; but no

@@ -22,6 +22,7 @@ def program(redis_server: RedisUnderTest, tmp_path: Path, engine: EngineUnderTes
     return Program(redis_server.url, tmp_path, more)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_three_instances_share_tasks_and_each_is_started_exactly_once(
     program: Program, redis_server: RedisUnderTest, engine: EngineUnderTest
