@@ -100,7 +100,7 @@ def test_proxy_lets_through_what_the_backend_needs_only() -> None:
     allowed = {name for name, switch in switches.items() if switch == 1}
     assert allowed == {
         "ALLOW_START", "ALLOW_STOP", "CONTAINERS", "DISTRIBUTION", "EVENTS",
-        "IMAGES", "INFO", "PING", "POST", "VERSION",
+        "IMAGES", "INFO", "PING", "POST", "SYSTEM", "VERSION",
     }  # fmt: skip
     assert content["services"]["socket-proxy"]["networks"] == ["engine"]
     assert content["networks"]["engine"]["internal"] is True
