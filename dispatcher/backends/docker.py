@@ -58,8 +58,8 @@ PROBE_TIMEOUT = 5.0
 #: Seconds after SIGKILL until a container counts as stuck.
 KILL_TIMEOUT = 30.0
 #: Seconds for the word that it was for want of memory to follow the word that it was killed:
-#: the engine hears the two in either order, some milliseconds apart, or a second on a busy machine.
-OOM_SETTLE = 3.0
+#: the engine hears the two in either order, some milliseconds apart on a busy machine.
+OOM_SETTLE = 1.0
 
 
 class DockerBackend:
