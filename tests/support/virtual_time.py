@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+#: Seconds of a turn of the loop in which nothing is waited for: more than its clock's resolution.
+TURN = 1e-8
 
 
 class _Selector(selectors.DefaultSelector):
@@ -20,7 +22,9 @@ class _Selector(selectors.DefaultSelector):
         if not ready and timeout is None:
             raise RuntimeError("every task waits for another: nothing would ever go on")
         if not ready and timeout is not None:
-            self.now += max(0.0, timeout)
+            # A turn takes some time, as in earnest: a loop lets timers go that are due in less than
+            # its clock can tell, and who looks whether it is time would look for ever.
+            self.now += max(TURN, timeout)
         return ready
 
 
