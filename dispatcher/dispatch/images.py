@@ -21,6 +21,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from dispatcher.backends.base import Backend, PullProgress
 from dispatcher.dispatch.pull_line import Pull, PullLine, PullOutcome
+from dispatcher.dispatch.recent import Recent
 from dispatcher.dispatch.stall import Stalled, pulled_unless_stalled
 from dispatcher.errors import BackendError, ImageNotFound, ImagePullFailed, NoCapacity, RegistryThrottled
 from dispatcher.reference import ImageReference
@@ -94,11 +95,11 @@ class ImageGovernor:
         self._on_bytes = on_bytes
         #: Tasks that wait for images, by registry.
         self._places: Counter[str] = Counter()
-        #: Tasks of ``pull_policy: always`` whose images were pulled for them, the latest last.
-        self._served: dict[str, None] = {}
+        #: Attempts of ``pull_policy: always`` whose images were pulled for them.
+        self._served = Recent(MAX_SERVED)
         self._pulls: dict[str, Pull] = {}
-        #: When each image was last seen to be there, on the loop's clock.
-        self._present: dict[str, float] = {}
+        #: Images that were seen to be there.
+        self._present = Recent(MAX_PRESENT)
         #: Until when nothing is pulled because the daemon has no room, and how long that was last.
         self._full_until = 0.0
         self._full_pause = 0.0
@@ -153,7 +154,7 @@ class ImageGovernor:
         image = str(task.reference)
         # What was pulled for this very attempt has come, though there was no consumer then. Or it
         # would be pulled again and again, each time too late for the consumer it had to let go.
-        if task.pull_policy == "always" and attempt not in self._served:
+        if task.pull_policy == "always" and not self._served.has(attempt):
             return True
         if not await self._is_present(image):
             if task.pull_policy == "never":
@@ -209,7 +210,7 @@ class ImageGovernor:
             if pull.outcome == "pulled":
                 self._on_used(image)
                 if task.pull_policy == "always":
-                    self._serve(attempt)
+                    self._served.note(attempt)
                 return
             if pull.error is not None:
                 raise _of_image(pull.error, image)
@@ -228,29 +229,16 @@ class ImageGovernor:
 
     def forget(self, image: str) -> None:
         """``image``, a normalised reference, is not there any more."""
-        self._present.pop(image, None)
+        self._present.forget(image)
 
     async def _is_present(self, image: str) -> bool:
-        seen = self._present.get(image)
-        if seen is not None and anyio.current_time() - seen < PRESENT_SECONDS:
+        if self._present.has(image, PRESENT_SECONDS):
             return True
         if not await self._backend.image_id(image):
             self.forget(image)
             return False
-        self._note_present(image)
+        self._present.note(image)
         return True
-
-    def _serve(self, attempt: str) -> None:
-        self._served.pop(attempt, None)
-        if len(self._served) >= MAX_SERVED:
-            del self._served[next(iter(self._served))]
-        self._served[attempt] = None
-
-    def _note_present(self, image: str) -> None:
-        self._present.pop(image, None)
-        if len(self._present) >= MAX_PRESENT:
-            del self._present[next(iter(self._present))]
-        self._present[image] = anyio.current_time()
 
     async def _wait_for(self, pull: Pull, task_id: str) -> None:
         pull.waiting_tasks.append(task_id)
@@ -313,7 +301,7 @@ class ImageGovernor:
                     raise
                 else:
                     self._line.answered(pull.registry)
-                    self._note_present(pull.image)
+                    self._present.note(pull.image)
                     return
             await pause.wait()
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from dispatcher.dispatch.admission import check_expiry
 from dispatcher.dispatch.images import ImageGovernor
 from dispatcher.dispatch.pull_line import Pull
+from dispatcher.dispatch.recent import Recent
 from dispatcher.errors import BackendError, QueueError, TaskRefused
 from dispatcher.policy import Policy
 from dispatcher.queue.images import ImageLedger
@@ -56,8 +57,8 @@ class LookAhead:
         self._queues = sorted(queues, key=lambda name: -queues[name])
         self._limit = limit
         self._is_wanted = is_wanted
-        #: Until when each image is not tried again, on the loop's clock.
-        self._spurned: dict[str, float] = {}
+        #: Images that could not be pulled ahead.
+        self._spurned = Recent(MAX_SPURNED)
 
     async def run(self) -> None:
         """Look until cancelled, whatever Redis and the backend do meanwhile."""
@@ -92,20 +93,11 @@ class LookAhead:
                 log.debug("look_ahead.passed_over", queue=queue, why=str(refusal).partition("\n")[0])
                 continue
             image = str(task.reference)
-            if task.pull_policy == "missing" and not self._is_spurned(image):
+            if task.pull_policy == "missing" and not self._spurned.has(image, SPURN_SECONDS):
                 found.setdefault(image, task)
         return list(found.values())
 
     async def _watch(self, pull: Pull) -> None:
         await pull.done.wait()
         if pull.outcome == "failed":
-            self._spurn(pull.image)
-
-    def _spurn(self, image: str) -> None:
-        self._spurned.pop(image, None)
-        if len(self._spurned) >= MAX_SPURNED:
-            del self._spurned[next(iter(self._spurned))]
-        self._spurned[image] = anyio.current_time() + SPURN_SECONDS
-
-    def _is_spurned(self, image: str) -> bool:
-        return self._spurned.get(image, 0.0) > anyio.current_time()
+            self._spurned.note(pull.image)
